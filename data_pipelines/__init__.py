@@ -1,0 +1,1 @@
+"""WebDataset shards as an exact, packed, resumable stream. Knows nothing of `dit`."""

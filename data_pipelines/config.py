@@ -1,0 +1,38 @@
+"""The knobs of the data path. Torch-free, so that a config error costs no import."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+Size = tuple[PositiveInt, PositiveInt, PositiveInt]
+"""Frames, height, width."""
+
+
+class Section(BaseModel):
+    """One closed section of a run: frozen, unknown keys are errors, attribute docstrings are the reference."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Source(Section):
+    path: str
+    """Folder of indexed shards: raw samples, or a latent cache that `dit encode` wrote."""
+    weight: PositiveFloat = 1.0
+    """How often this source's samples are drawn relative to the others (an epoch sees each sample `weight` times)."""
+
+
+class DataConfig(Section):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Where samples come from; several sources are mixed in one stream."""
+    token_budget: PositiveInt
+    """Tokens of one pack, the micro-batch of a rank: memory and step time follow from it."""
+    packs_per_step: PositiveInt
+    """Packs of one optimizer step over all ranks; the world size must divide it."""
+    sizes: list[Size] = []
+    """Allowed [frames, height, width] of raw samples; each takes the longest, then nearest in aspect. Caches carry their own."""
+    window_shards: PositiveInt = 16
+    """Shards whose samples are shuffled together: bounds the memory of the plan."""
+    num_workers: NonNegativeInt = 1
+    """Loader processes of a rank; the stream does not depend on it."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Unusable samples tolerated, as a fraction of those read, before the run stops with a report (exit code 3)."""

@@ -1,0 +1,78 @@
+"""`dit VERB CONFIG [key=value ...]`: dispatch only. Help and config errors import no torch."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipelines.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: its config root (a class of dit.config, or none), what it does, and an example."""
+
+    root: str
+    summary: str
+    example: str
+
+
+VERBS = {
+    "train": Verb("TrainRun", "train a diffusion transformer; the same command resumes", "dit train configs/train/cifar10_pixels.yaml train.seed=1"),
+    "distill": Verb("DistillRun", "make a few-step student of a trained run; the same command resumes", "dit distill configs/demo/distill.yaml"),
+    "encode": Verb("EncodeRun", "write a cache of latents and text embeddings as shards", "dit encode configs/encode/videos.yaml num_workers=2"),
+    "sample": Verb("SampleRun", "draw images or videos for prompts from a run", "dit sample configs/sample/demo.yaml 'prompts=[a small red disc moving left slowly near the top]'"),
+    "evaluate": Verb("EvaluateRun", "measure caption adherence of runs on moving shapes", "dit evaluate configs/demo/evaluate.yaml samples=64"),
+}
+PLAIN_VERBS = {
+    "demo": ("train, distil and sample a small video model on moving shapes, from nothing", "dit demo --out runs/demo"),
+    "data": ("make, check and show shards", "dit data ingest photos/ shards/photos"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 1 a crash)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] == "data":
+        return int(importlib.import_module("data_pipelines.__main__").main(arguments[1:]) or 0)
+    if arguments and arguments[0] == "demo":
+        return int(importlib.import_module("dit.demo").main(arguments[1:]) or 0)
+    options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
+    verb = VERBS[options.verb]
+    config = importlib.import_module("dit.config")
+    run = importlib.import_module("dit.config.load").load_run(getattr(config, verb.root), options.config, options.overrides)
+    if options.check:
+        print(f"{options.config}: valid {verb.root}")
+        return 0
+    return int(importlib.import_module(f"dit.{options.verb}").main(run) or 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dit", description="Training system for image and video diffusion transformers.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    raw = argparse.RawDescriptionHelpFormatter
+    for name, verb in VERBS.items():
+        text = f"{verb.summary}\n\nexample:\n  {verb.example}\n\nreference of every key: docs/reference/config.md"
+        sub = verbs.add_parser(name, help=verb.summary, description=text, formatter_class=raw)
+        sub.add_argument("config", help="YAML file of the run")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides with YAML values")
+        sub.add_argument("--check", action="store_true", help="validate the config and stop")
+    for name, (summary, example) in PLAIN_VERBS.items():
+        verbs.add_parser(name, help=summary, description=f"{summary}\n\nexample:\n  {example}", formatter_class=raw)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

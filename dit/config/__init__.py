@@ -1,0 +1,90 @@
+"""The five roots of the configuration, one a verb. Every knob of the system is in this folder or in data_pipelines/config.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from data_pipelines.config import DataConfig, Section, Size, Source
+from dit.config.backbone import SpatioTemporalDiTConfig
+from dit.config.distillation import ConsistencyConfig, TeacherConfig
+from dit.config.encoders import EncodersConfig
+from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
+from dit.config.objective import RectifiedFlowConfig, SamplingConfig
+
+
+class FitRun(Section):
+    """What training and distilling share."""
+
+    out: str
+    """Run directory. The same command resumes from it."""
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    ema: EMAConfig = EMAConfig()
+    train: TrainConfig
+    validation: ValidationConfig | None = None
+    preview: PreviewConfig | None = None
+
+
+class TrainRun(FitRun):
+    data: DataConfig
+    encoders: EncodersConfig = EncodersConfig()
+    backbone: SpatioTemporalDiTConfig
+    objective: RectifiedFlowConfig = RectifiedFlowConfig()
+
+
+class DistillRun(FitRun):
+    teacher: TeacherConfig
+    method: ConsistencyConfig
+    data: DataConfig | None = None
+    """None reuses the teacher's data."""
+
+
+class EncodeRun(Section):
+    sources: Annotated[list[Source], Field(min_length=1)]
+    sizes: Annotated[list[Size], Field(min_length=1)]
+    """Allowed [frames, height, width]; each sample takes the longest, then nearest in aspect."""
+    encoders: EncodersConfig = EncodersConfig()
+    out: str
+    """Folder of the latent cache. Shards that are complete are not made again."""
+    batch_size: PositiveInt = 32
+    num_workers: NonNegativeInt = 1
+    dtype: Literal["float16", "float32"] = "float16"
+    """How latents and text are stored."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+
+
+class SampleRun(Section):
+    run: str
+    """Run directory of a training or a distillation."""
+    step: PositiveInt | None = None
+    """Which checkpoint; None for the newest valid one."""
+    weights: Literal["ema", "model"] = "ema"
+    prompts: Annotated[list[str], Field(min_length=1)]
+    labels: list[NonNegativeInt] | None = None
+    """Class of each prompt, for class-conditional models."""
+    size: Size
+    """Frames, height, width in pixels."""
+    out: str
+    """Folder for the pictures."""
+    sampling: SamplingConfig | None = None
+    """None takes what the run says: a student ships its sampler, steps and guidance."""
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 16
+
+
+class EvaluateRun(Section):
+    """Caption adherence on moving shapes, measured by an exact checker."""
+
+    runs: Annotated[list[str], Field(min_length=1)]
+    """Run directories, compared in one table."""
+    weights: Literal["ema", "model"] = "ema"
+    samples: PositiveInt = 256
+    """Clips for trained captions, and as many for held-out ones."""
+    sampling: list[SamplingConfig | None] = [None]
+    """Settings to try on every run; null is what the run itself says."""
+    out: str
+    seed: NonNegativeInt = 1
+    batch_size: PositiveInt = 64
+
+
+__all__ = ["DistillRun", "EncodeRun", "EvaluateRun", "FitRun", "SampleRun", "TrainRun"]

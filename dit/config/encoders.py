@@ -1,0 +1,53 @@
+"""Frozen encoders: captions to text tokens, pixels to latents."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from data_pipelines.config import Section
+
+DType = Literal["float32", "bfloat16"]
+
+
+class SmallTextConfig(Section):
+    name: Literal["small"] = "small"
+    """The text encoder that ships with the project."""
+    path: str | None = None
+    """Other weights of the same architecture."""
+
+
+class HFTextConfig(Section):
+    name: Literal["hf"]
+    """Any transformers encoder: T5, UMT5, CLIP or another `AutoModel`."""
+    path: str
+    """Local folder, or a hub name (a local folder never touches the network)."""
+    max_tokens: PositiveInt = 512
+    """Captions are cut here."""
+    pad: Literal["packed", "zeros_to_max_unmasked"] = "packed"
+    """`packed`: real tokens only. `zeros_to_max_unmasked`: zero rows up to max_tokens, attended to, as Wan was trained."""
+    dtype: DType = "float32"
+
+
+class SmallVAEConfig(Section):
+    name: Literal["small_video_vae"] = "small_video_vae"
+    """The causal video autoencoder that ships with the project: 4 frames x 4 x 4 pixels a latent."""
+    path: str | None = None
+
+
+class PixelsConfig(Section):
+    name: Literal["pixels"]
+    """No autoencoder: latents are the pixels in [-1, 1]."""
+
+
+class DiffusersVAEConfig(Section):
+    name: Literal["diffusers"]
+    """AutoencoderKL, AutoencoderKLWan, AutoencoderKLLTXVideo or AutoencoderDC."""
+    path: str
+    """Local folder (with config.json), or a hub name."""
+    subfolder: str | None = None
+    dtype: DType = "float32"
+
+
+class EncodersConfig(Section):
+    text: Annotated[SmallTextConfig | HFTextConfig, Field(discriminator="name")] = SmallTextConfig()
+    latents: Annotated[SmallVAEConfig | PixelsConfig | DiffusersVAEConfig, Field(discriminator="name")] = SmallVAEConfig()

@@ -1,0 +1,64 @@
+"""From prompts to videos: what previews, `dit sample` and `dit evaluate` share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data_pipelines.packed import check_patch, pack_conditioning, unpack
+from data_pipelines.randomness import key
+from dit.config import TrainRun
+from dit.config.engine import PreviewConfig
+from dit.config.objective import SamplingConfig
+from dit.diffusion import Denoiser, default_shift, sample
+from dit.diffusion.guidance import ClassifierFreeGuidance
+from dit.evaluation.pictures import contact_sheet, write_video_grid
+from dit.runs import Encoders, null_label
+
+
+@torch.no_grad()
+def draw(
+    denoiser: Denoiser,
+    encoders: Encoders,
+    base: TrainRun,
+    prompts: Sequence[str],
+    labels: Sequence[int] | None,
+    size: tuple[int, int, int],
+    sampling: SamplingConfig,
+    keys: Sequence[int],
+) -> Tensor:
+    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each."""
+    patch = base.backbone.patch_size
+    grid = check_patch(encoders.latents.latent_size(size), patch)
+    device = encoders.null_text.device
+    classes = None if labels is None else torch.tensor(labels, device=device)
+    cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
+    guided = ClassifierFreeGuidance(denoiser, encoders.null_text, sampling.guidance.scale, null_label(base))
+    channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
+    tokens = sample(guided, cond, tuple(keys), channels, sampling, default_shift(base.objective, grid))
+    videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
+    return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+
+def sample_keys(seed: int, count: int) -> list[int]:
+    """Random keys of the samples number 0 .. count-1 of `seed`; equal keys give equal noise for every model."""
+    return [key("drawing", seed, index) for index in range(count)]
+
+
+class Preview:
+    """Draws the fixed prompts of a run at fixed noise into its `samples/` folder."""
+
+    def __init__(self, config: PreviewConfig, sampling: SamplingConfig, encoders: Encoders, base: TrainRun, folder: Path) -> None:
+        self.config, self.sampling, self.encoders, self.base, self.folder = config, sampling, encoders, base, folder
+
+    def __call__(self, denoiser: Denoiser, step: int) -> Tensor:
+        """Draw, write `samples/step-N.png` (and `.gif` for videos), and return the videos (B, T, H, W, 3) uint8."""
+        config = self.config
+        keys = sample_keys(self.base.train.seed, len(config.prompts))
+        videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys)
+        name = self.folder / "samples" / f"step-{step:08d}"
+        contact_sheet(videos, config.prompts, name.with_suffix(".png"))
+        if config.size[0] > 1:
+            write_video_grid(videos, name.with_suffix(".gif"))
+        return videos

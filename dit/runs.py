@@ -1,0 +1,136 @@
+"""Run directories: opening one for writing, reading one that exists, and the networks inside it.
+
+    config.resolved.yaml  env.json  command.txt  [teacher.resolved.yaml]  metrics.jsonl  status.json  checkpoints/  samples/  tensorboard/
+"""
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.config import Section
+from data_pipelines.errors import UserError
+from dit.config import DistillRun, TrainRun
+from dit.config.encoders import EncodersConfig
+from dit.config.load import load_run, save_resolved
+from dit.config.objective import SamplingConfig
+from dit.distillation import student_sampling
+from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
+from dit.engine.checkpoint import load_weights
+from dit.models import build_backbone
+
+FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
+"""Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
+FREE_KEYS = ("data.num_workers", "data.max_bad_fraction")
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen encoders of a run and the embedding of the empty caption."""
+
+    text: TextEncoder
+    latents: LatentCodec
+    null_text: Tensor
+
+    @classmethod
+    def load(cls, config: EncodersConfig, device: torch.device) -> "Encoders":
+        """Build both encoders on `device`."""
+        text = build_text_encoder(config.text, device)
+        latents = build_latent_codec(config.latents, device)
+        return cls(text, latents, text.encode([""])[0])
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run directory as read: its config, and the training run whose backbone and encoders its weights have."""
+
+    path: Path
+    run: TrainRun | DistillRun
+    base: TrainRun
+
+    @classmethod
+    def open(cls, path: str, key: str) -> "TrainedRun":
+        """Read the run directory `path`. Raises UserError that names `key`, the config key it came from."""
+        folder = Path(path)
+        resolved = folder / "config.resolved.yaml"
+        if not resolved.is_file():
+            raise UserError(f"{key}={path} is not a run directory: it has no config.resolved.yaml. Expected the `out` of a dit train or dit distill")
+        if (folder / "teacher.resolved.yaml").is_file():
+            return cls(folder, load_run(DistillRun, str(resolved)), load_run(TrainRun, str(folder / "teacher.resolved.yaml")))
+        run = load_run(TrainRun, str(resolved))
+        return cls(folder, run, run)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How this run's weights want to be sampled: a student ships its own, a teacher takes its preview's settings."""
+        if isinstance(self.run, DistillRun):
+            return student_sampling(self.run.method)
+        return self.run.preview.sampling if self.run.preview else SamplingConfig()
+
+    def backbone(self, encoders: Encoders, step: int | None, weights: str, device: torch.device) -> nn.Module:
+        """The network with the weights of checkpoint `step` (None: newest valid), frozen, on `device`."""
+        module = build_backbone(self.base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        module.load_state_dict(load_weights(self.path, step, weights))
+        return module.eval().requires_grad_(False).to(device)
+
+
+def null_label(base: TrainRun) -> int | None:
+    """The label that means "no class", or None for a model without classes."""
+    return base.backbone.num_classes
+
+
+def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, is_writer: bool) -> Path:
+    """Make the run directory, or check that the one which exists belongs to the same run, and record config, versions and command."""
+    folder = Path(run.out)
+    resolved = folder / "config.resolved.yaml"
+    if resolved.is_file():
+        _refuse_another_run(load_run(type(run), str(resolved)), run, folder)
+    if is_writer:
+        for name in ("checkpoints", "samples", "tensorboard"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        save_resolved(run, resolved)
+        if isinstance(run, DistillRun):
+            save_resolved(base, folder / "teacher.resolved.yaml")
+        (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        (folder / "env.json").write_text(json.dumps(_environment(), indent=1) + "\n")
+    return folder
+
+
+def _refuse_another_run(old: Section, new: Section, folder: Path) -> None:
+    before, now = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    fixed = [key for key in changed if any(key == part or key.startswith(part + ".") for part in FIXED_KEYS) and key not in FREE_KEYS]
+    if fixed:
+        lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
+        raise UserError(f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another `out`, or delete that folder")
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _environment() -> dict[str, object]:
+    packages = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors", "numpy", "av")
+    versions = {name: _version(name) for name in packages}
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "packages": versions, "commit": commit.stdout.strip() or None, "device": device}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,35 @@
+"""`dit train`: shards -> frozen encoders -> objective -> denoiser -> engine -> fit."""
+
+from dit.config import TrainRun
+from dit.diffusion import build_objective
+from dit.drawing import Preview
+from dit.engine.checkpoint import resume
+from dit.engine.deepspeed import Engine
+from dit.engine.loop import fit
+from dit.models import build_backbone
+from dit.runs import Encoders, null_label, open_for_writing
+from dit.runtime import distributed
+from dit.stream import Stream
+
+
+def main(run: TrainRun) -> int:
+    """Train until `train.samples`, from the newest valid checkpoint of `out` if there is one."""
+    distributed.init()
+    folder = open_for_writing(run, run, distributed.rank() == 0)
+    encoders = Encoders.load(run.encoders, distributed.device())
+    stream = Stream(run.data, encoders, run.backbone.patch_size, run.train.seed)
+    objective = build_objective(run.objective, encoders.null_text, null_label(run))
+    with distributed.seeded(run.train.seed):
+        backbone = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    engine = Engine(backbone, run, stream.packs_per_rank)
+    start = resume(engine, folder)
+    preview = Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None
+    return fit(
+        run,
+        engine,
+        stream.steps(start),
+        lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
+        folder,
+        validate=stream.held_out(run.validation) if run.validation else None,
+        preview=preview,
+    )
