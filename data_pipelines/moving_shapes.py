@@ -113,9 +113,7 @@ def _held_out_combinations() -> frozenset[tuple[str, str, str, str]]:
     times: so every single attribute value stays common in training.
     """
     colours, directions, speeds = tuple(PALETTE), tuple(HEADINGS), tuple(SPEEDS)
-    return frozenset(
-        (SHAPES[s], colours[(2 * s + d) % 6], directions[d], speeds[(s + d // 2) % 2]) for s in range(3) for d in range(4)
-    )
+    return frozenset((SHAPES[s], colours[(2 * s + d) % 6], directions[d], speeds[(s + d // 2) % 2]) for s in range(3) for d in range(4))
 
 
 HELD_OUT = _held_out_combinations()

@@ -129,7 +129,7 @@ def check_patch(size: tuple[int, ...], patch: Grid) -> Grid:
     """The token grid of latents of `size` (T, H, W). Raises ValueError that names the axis which does not divide."""
     for axis, have, part in zip("THW", size, patch, strict=True):
         if have % part:
-            raise ValueError(f"latents of size {size} do not divide into patches of {patch}: axis {axis} has {have} % {part} = {have % part}")
+            raise ValueError(f"latents of {size} do not divide into patches of {patch}: axis {axis} has {have} % {part} = {have % part}")
     t, h, w = (have // part for have, part in zip(size, patch, strict=True))
     return t, h, w
 

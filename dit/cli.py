@@ -19,11 +19,23 @@ class Verb:
 
 
 VERBS = {
-    "train": Verb("TrainRun", "train a diffusion transformer; the same command resumes", "dit train configs/train/cifar10_pixels.yaml train.seed=1"),
-    "distill": Verb("DistillRun", "make a few-step student of a trained run; the same command resumes", "dit distill configs/demo/distill.yaml"),
-    "encode": Verb("EncodeRun", "write a cache of latents and text embeddings as shards", "dit encode configs/encode/videos.yaml num_workers=2"),
-    "sample": Verb("SampleRun", "draw images or videos for prompts from a run", "dit sample configs/sample/demo.yaml 'prompts=[a small red disc moving left slowly near the top]'"),
-    "evaluate": Verb("EvaluateRun", "measure caption adherence of runs on moving shapes", "dit evaluate configs/demo/evaluate.yaml samples=64"),
+    "train": Verb(
+        "TrainRun", "train a diffusion transformer; the same command resumes", "dit train configs/train/cifar10_pixels.yaml train.seed=1"
+    ),
+    "distill": Verb(
+        "DistillRun", "make a few-step student of a trained run; the same command resumes", "dit distill configs/demo/distill.yaml"
+    ),
+    "encode": Verb(
+        "EncodeRun", "write a cache of latents and text embeddings as shards", "dit encode configs/encode/videos.yaml num_workers=2"
+    ),
+    "sample": Verb(
+        "SampleRun",
+        "draw images or videos for prompts from a run",
+        "dit sample configs/sample/demo.yaml 'prompts=[a small red disc moving left slowly near the top]'",
+    ),
+    "evaluate": Verb(
+        "EvaluateRun", "measure caption adherence of runs on moving shapes", "dit evaluate configs/demo/evaluate.yaml samples=64"
+    ),
 }
 PLAIN_VERBS = {
     "demo": ("train, distil and sample a small video model on moving shapes, from nothing", "dit demo --out runs/demo"),

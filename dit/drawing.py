@@ -11,8 +11,7 @@ from data_pipelines.randomness import key
 from dit.config import TrainRun
 from dit.config.engine import PreviewConfig
 from dit.config.objective import SamplingConfig
-from dit.diffusion import Denoiser, default_shift, sample
-from dit.diffusion.guidance import ClassifierFreeGuidance
+from dit.diffusion import ClassifierFreeGuidance, Denoiser, sample, shift_of
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, null_label
 
@@ -36,7 +35,7 @@ def draw(
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
     guided = ClassifierFreeGuidance(denoiser, encoders.null_text, sampling.guidance.scale, null_label(base))
     channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
-    tokens = sample(guided, cond, tuple(keys), channels, sampling, default_shift(base.objective, grid))
+    tokens = sample(guided, cond, tuple(keys), channels, sampling, shift_of(grid[0] * grid[1] * grid[2], base.objective.shift))
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 

@@ -1,6 +1,7 @@
 """Run directories: opening one for writing, reading one that exists, and the networks inside it.
 
-    config.resolved.yaml  env.json  command.txt  [teacher.resolved.yaml]  metrics.jsonl  status.json  checkpoints/  samples/  tensorboard/
+config.resolved.yaml  env.json  command.txt  [teacher.resolved.yaml]  data.txt  metrics.jsonl  status.json
+checkpoints/  samples/  tensorboard/
 """
 
 import importlib.metadata
@@ -12,20 +13,22 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from data_pipelines.config import Section
 from data_pipelines.errors import UserError
-from dit.config import DistillRun, TrainRun
+from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.encoders import EncodersConfig
 from dit.config.load import load_run, save_resolved
 from dit.config.objective import SamplingConfig
-from dit.distillation import student_sampling
+from dit.distillation import build_student_sampling
 from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
 from dit.engine.checkpoint import load_weights
 from dit.models import build_backbone
+from dit.runtime import distributed
 
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
@@ -62,20 +65,27 @@ class TrainedRun:
         folder = Path(path)
         resolved = folder / "config.resolved.yaml"
         if not resolved.is_file():
-            raise UserError(f"{key}={path} is not a run directory: it has no config.resolved.yaml. Expected the `out` of a dit train or dit distill")
+            raise UserError(
+                f"{key}={path} is not a run directory: it has no config.resolved.yaml. Expected the `out` of a dit train or dit distill"
+            )
         if (folder / "teacher.resolved.yaml").is_file():
             return cls(folder, load_run(DistillRun, str(resolved)), load_run(TrainRun, str(folder / "teacher.resolved.yaml")))
         run = load_run(TrainRun, str(resolved))
         return cls(folder, run, run)
 
+    def sampling_for(self, contestant: Contestant) -> SamplingConfig:
+        """The sampler that `contestant` asks for, else this run's own."""
+        sampling = contestant.sampling or self.sampling
+        return sampling.model_copy(update={"steps": contestant.steps}) if contestant.steps else sampling
+
     @property
     def sampling(self) -> SamplingConfig:
         """How this run's weights want to be sampled: a student ships its own, a teacher takes its preview's settings."""
         if isinstance(self.run, DistillRun):
-            return student_sampling(self.run.method)
+            return build_student_sampling(self.run.method)
         return self.run.preview.sampling if self.run.preview else SamplingConfig()
 
-    def backbone(self, encoders: Encoders, step: int | None, weights: str, device: torch.device) -> nn.Module:
+    def backbone(self, encoders: Encoders, step: int | None, weights: Literal["ema", "model"], device: torch.device) -> nn.Module:
         """The network with the weights of checkpoint `step` (None: newest valid), frozen, on `device`."""
         module = build_backbone(self.base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
         module.load_state_dict(load_weights(self.path, step, weights))
@@ -87,19 +97,25 @@ def null_label(base: TrainRun) -> int | None:
     return base.backbone.num_classes
 
 
-def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, is_writer: bool) -> Path:
-    """Make the run directory, or check that the one which exists belongs to the same run, and record config, versions and command."""
+def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: str) -> Path:
+    """Make the run directory, or check that the one which exists belongs to the same run; record config, versions and command.
+
+    description: what will be trained on, printed and kept as data.txt.
+    """
     folder = Path(run.out)
     resolved = folder / "config.resolved.yaml"
     if resolved.is_file():
         _refuse_another_run(load_run(type(run), str(resolved)), run, folder)
-    if is_writer:
+    distributed.barrier()  # every rank has read the old config before one writes the new
+    if distributed.rank() == 0:
         for name in ("checkpoints", "samples", "tensorboard"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         save_resolved(run, resolved)
         if isinstance(run, DistillRun):
             save_resolved(base, folder / "teacher.resolved.yaml")
         (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
+        (folder / "data.txt").write_text(description + "\n")
+        print(description, flush=True)
         (folder / "env.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     return folder
 
@@ -110,7 +126,9 @@ def _refuse_another_run(old: Section, new: Section, folder: Path) -> None:
     fixed = [key for key in changed if any(key == part or key.startswith(part + ".") for part in FIXED_KEYS) and key not in FREE_KEYS]
     if fixed:
         lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
-        raise UserError(f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another `out`, or delete that folder")
+        raise UserError(
+            f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another `out`, or delete that folder"
+        )
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -124,7 +142,9 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 def _environment() -> dict[str, object]:
     packages = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors", "numpy", "av")
     versions = {name: _version(name) for name in packages}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "packages": versions, "commit": commit.stdout.strip() or None, "device": device}
 

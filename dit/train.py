@@ -15,21 +15,22 @@ from dit.stream import Stream
 def main(run: TrainRun) -> int:
     """Train until `train.samples`, from the newest valid checkpoint of `out` if there is one."""
     distributed.init()
-    folder = open_for_writing(run, run, distributed.rank() == 0)
     encoders = Encoders.load(run.encoders, distributed.device())
-    stream = Stream(run.data, encoders, run.backbone.patch_size, run.train.seed)
+    stream = Stream(run.data, encoders, run.backbone, run.train.seed)
+    folder = open_for_writing(run, run, stream.describe())
     objective = build_objective(run.objective, encoders.null_text, null_label(run))
     with distributed.seeded(run.train.seed):
         backbone = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
-    engine = Engine(backbone, run, stream.packs_per_rank)
-    start = resume(engine, folder)
-    preview = Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None
-    return fit(
+    engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
+    steps = stream.steps(resume(engine, folder))
+    fit(
         run,
         engine,
-        stream.steps(start),
+        steps,
         lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
-        folder,
+        max_bad_fraction=run.data.max_bad_fraction,
         validate=stream.held_out(run.validation) if run.validation else None,
-        preview=preview,
+        preview=Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None,
+        flops_of=stream.training_flops,
     )
+    return 0

@@ -53,11 +53,20 @@ class EncodeRun(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
 
 
-class SampleRun(Section):
+class Contestant(Section):
     run: str
     """Run directory of a training or a distillation."""
     step: PositiveInt | None = None
     """Which checkpoint; None for the newest valid one."""
+    steps: PositiveInt | None = None
+    """Another number of steps than the run's own sampler takes."""
+    sampling: SamplingConfig | None = None
+    """Another sampler than the run's own: a student ships its sampler, steps and guidance; a teacher takes its preview's."""
+
+
+class SampleRun(Section):
+    contestants: Annotated[list[Contestant], Field(min_length=1)]
+    """The run to sample from; or several, which then start from the same noise and are shown beside each other."""
     weights: Literal["ema", "model"] = "ema"
     prompts: Annotated[list[str], Field(min_length=1)]
     labels: list[NonNegativeInt] | None = None
@@ -66,8 +75,6 @@ class SampleRun(Section):
     """Frames, height, width in pixels."""
     out: str
     """Folder for the pictures."""
-    sampling: SamplingConfig | None = None
-    """None takes what the run says: a student ships its sampler, steps and guidance."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 16
 
@@ -75,16 +82,14 @@ class SampleRun(Section):
 class EvaluateRun(Section):
     """Caption adherence on moving shapes, measured by an exact checker."""
 
-    runs: Annotated[list[str], Field(min_length=1)]
-    """Run directories, compared in one table."""
+    contestants: Annotated[list[Contestant], Field(min_length=1)]
+    """What is compared: one row of the table each."""
     weights: Literal["ema", "model"] = "ema"
     samples: PositiveInt = 256
     """Clips for trained captions, and as many for held-out ones."""
-    sampling: list[SamplingConfig | None] = [None]
-    """Settings to try on every run; null is what the run itself says."""
     out: str
     seed: NonNegativeInt = 1
     batch_size: PositiveInt = 64
 
 
-__all__ = ["DistillRun", "EncodeRun", "EvaluateRun", "FitRun", "SampleRun", "TrainRun"]
+__all__ = ["Contestant", "DistillRun", "EncodeRun", "EvaluateRun", "FitRun", "SampleRun", "TrainRun"]

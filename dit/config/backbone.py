@@ -43,5 +43,6 @@ class SpatioTemporalDiTConfig(Section):
     @model_validator(mode="after")
     def _rope_has_three_axes(self) -> Self:
         if self.hidden_size // self.num_heads < 6:
-            raise ValueError(f"hidden_size / num_heads = {self.hidden_size // self.num_heads} must be at least 6, two channels for each of t, h, w")
+            head = self.hidden_size // self.num_heads
+            raise ValueError(f"hidden_size / num_heads = {head} must be at least 6, two channels for each of t, h, w")
         return self

@@ -53,7 +53,7 @@ class ValidationConfig(Section):
     source: str
     """Folder of indexed shards that training does not see."""
     samples: PositiveInt = 64
-    times: list[Annotated[float, Field(gt=0, le=1)]] = [0.1, 0.3, 0.5, 0.7, 0.9]
+    times: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     every_steps: PositiveInt = 500
 
 

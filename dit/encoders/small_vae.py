@@ -30,8 +30,8 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.spatial = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1))
         self.temporal = nn.Conv3d(width, width, (2, 1, 1))
-        nn.init.zeros_(self.temporal.weight)  # each block starts as the identity
-        nn.init.zeros_(self.temporal.bias)
+        for parameter in self.temporal.parameters():
+            nn.init.zeros_(parameter)  # each block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.silu(self.spatial(x))  # B D t h w
@@ -47,6 +47,8 @@ class SmallVideoVAE(nn.Module):
     """Encode videos to normalised latents and back; deterministic, causal in time in both directions."""
 
     stride = (STRIDE, STRIDE, STRIDE)
+    latent_mean: Tensor  # (C,), of raw latents
+    latent_std: Tensor  # (C,)
 
     def __init__(self, channels: int = 8, width: int = 96, depth: int = 3) -> None:
         super().__init__()
@@ -107,7 +109,7 @@ class SmallVideoVAE(nn.Module):
             header = json.loads((file.metadata() or {}).get("small_vae", "null"))
             if header is None:
                 raise ValueError(f"{path or ASSET}: got a safetensors file without the header 'small_vae'")
-            weights = {name: file.get_tensor(name).float() for name in file.keys()}
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
         codec = cls(header["channels"], header["width"], header["depth"])
         codec.load_state_dict(weights)
         codec.latent_mean.copy_(torch.tensor(header["latent_mean"]))

@@ -35,7 +35,8 @@ def test_the_held_out_split_is_spread_evenly():
     counts = [Counter(combination[axis] for combination in ms.HELD_OUT) for axis in range(4)]
     assert [sorted(set(count.values())) for count in counts] == [[4], [2], [3], [6]]
     assert [len(count) for count in counts] == [3, 6, 4, 2]
-    assert len(ms.all_captions("train")) == 792 and len(ms.all_captions("held_out")) == 72
+    assert len(ms.all_captions("train")) == 792
+    assert len(ms.all_captions("held_out")) == 72
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
@@ -55,7 +56,8 @@ def test_a_draw_depends_on_seed_and_index_alone():
     first = ms.draw(7, 123)
     ms.draw(7, 5)
     again = ms.draw(7, 123)
-    assert first.attributes == again.attributes and first.start == again.start
+    assert first.attributes == again.attributes
+    assert first.start == again.start
     np.testing.assert_array_equal(first.video, again.video)
     starts = {ms.draw(seed, index).start for seed in range(4) for index in range(50)}
     assert len(starts) == 200
@@ -71,12 +73,13 @@ def test_the_stream_is_frozen():
 def test_the_shape_never_touches_the_edge():
     for index in range(300):
         video = ms.draw(1, index).video
-        assert video.shape == (ms.FRAMES, ms.SIDE, ms.SIDE, 3) and video.dtype == np.uint8
+        assert video.shape == (ms.FRAMES, ms.SIDE, ms.SIDE, 3)
+        assert video.dtype == np.uint8
         rim = np.concatenate([video[:, 0], video[:, -1], video[:, :, 0], video[:, :, -1]], axis=1)
         assert (rim == rim[0, 0]).all()
 
 
-@pytest.mark.parametrize("shape, area", [("square", 4 * 0.9**2), ("disc", np.pi), ("cross", 8 * 0.36 - 4 * 0.36**2)])
+@pytest.mark.parametrize(("shape", "area"), [("square", 4 * 0.9**2), ("disc", np.pi), ("cross", 8 * 0.36 - 4 * 0.36**2)])
 @pytest.mark.parametrize("radius", ms.RADII.values())
 def test_coverage_has_the_area_and_the_centroid_of_the_shape(shape, area, radius):
     centres = np.random.default_rng(0).uniform(10, 20, (20, 2))

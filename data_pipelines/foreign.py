@@ -1,0 +1,171 @@
+"""Shards of others: find the samples of any WebDataset tar, whole ones only, and index it once.
+
+Tar readers end silently at a damaged header and see nothing amiss in a file cut between two members; here both are
+found. A sample next to damage may lack members without any sign of it, so it is left out and reported.
+"""
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipelines.index import Entry, ShardIndex, index_path, write_index
+from data_pipelines.probe import probe
+from data_pipelines.samples import CAPTION_EXTENSION, BadSample, media_extension, read_caption, split_name
+from data_pipelines.shards import file_checksum
+from data_pipelines.storage import Member, checksum
+
+MAX_MEMBERS = 5_000_000
+MAX_MEMBER_BYTES = 4 << 30
+_BLOCK = tarfile.BLOCKSIZE
+_ZEROS = bytes(_BLOCK)
+_DAMAGE = None  # stands between the members that a damaged place separates
+
+_CUT = -1  # the length of a member whose content is not all there; damage follows it, so its sample is left out
+
+Place = tuple[str, int, int]  # member name, offset, length
+Problems = list[tuple[str, str]]
+
+
+def scan_tar(file: IO[bytes], problems: Problems) -> Iterator[Place | None]:
+    """Yield the regular members of an uncompressed tar in order, and None at every damaged place, up to the last block.
+
+    What is left out is appended to `problems` as (name, reason).
+    """
+    end = file.seek(0, os.SEEK_END)
+    offset, seen = 0, 0
+    while True:
+        file.seek(offset)
+        tar = _open_at(file)
+        for info in tar or ():
+            seen += 1
+            if seen > MAX_MEMBERS:
+                problems.append((info.name, f"more than {MAX_MEMBERS} members"))
+                yield _DAMAGE
+                return
+            if (place := _place(info, end, problems)) is not None:
+                yield place
+        stopped = offset if tar is None else int(tar.offset)
+        if stopped + _BLOCK <= end and _read_block(file, stopped) == _ZEROS:
+            return
+        yield _DAMAGE
+        found = _next_header(file, stopped + _BLOCK, end)
+        problems.append((f"byte {stopped}", "truncated" if found is None else f"damaged header, the next one is at byte {found}"))
+        if found is None:
+            return
+        offset = found
+
+
+def _open_at(file: IO[bytes]) -> tarfile.TarFile | None:
+    try:
+        return _Tolerant(fileobj=file, mode="r")
+    except tarfile.TarError:
+        return None
+
+
+class _Tolerant(tarfile.TarFile):
+    """A tar whose iteration ends at damage, with `offset` where it was, instead of raising."""
+
+    def next(self) -> tarfile.TarInfo | None:
+        try:
+            return super().next()
+        except (tarfile.TarError, ValueError, OverflowError):
+            return None
+
+
+def _place(info: tarfile.TarInfo, end: int, problems: Problems) -> Place | None:
+    if info.isdir():
+        return None
+    reason = ""
+    if not info.isreg() or info.issparse():
+        reason = "not a regular file"
+    elif info.size > MAX_MEMBER_BYTES:
+        reason = f"larger than {MAX_MEMBER_BYTES} bytes"
+    if reason:
+        problems.append((info.name, reason))
+        return None
+    return info.name, info.offset_data, info.size if info.offset_data + info.size <= end else _CUT
+
+
+def _read_block(file: IO[bytes], offset: int) -> bytes:
+    file.seek(offset)
+    return file.read(_BLOCK)
+
+
+def _next_header(file: IO[bytes], offset: int, end: int) -> int | None:
+    """Where the next block lies that is a tar header by its own checksum."""
+    while offset + _BLOCK <= end:
+        try:
+            tarfile.TarInfo.frombuf(_read_block(file, offset), "utf-8", "surrogateescape")
+            return offset
+        except tarfile.HeaderError:
+            offset += _BLOCK
+    return None
+
+
+def _group(places: Iterator[Place | None], problems: Problems) -> dict[str, dict[str, Place]]:
+    """Members by key and extension, in order of the keys; without the samples next to damage."""
+    samples: dict[str, dict[str, Place]] = {}
+    doubtful: set[str] = set()
+    previous: str | None = None
+    after_damage = False
+    for place in places:
+        if place is None:
+            after_damage = True
+            doubtful |= {previous} if previous is not None else set()
+            continue
+        try:
+            key, extension = split_name(place[0])
+        except BadSample as error:
+            problems.append((place[0], error.reason))
+            continue
+        if after_damage:
+            doubtful.add(key)
+        after_damage, previous = False, key
+        if extension in samples.setdefault(key, {}):
+            problems.append((place[0], "the same member twice, the first is used"))
+        else:
+            samples[key][extension] = place
+    for key in sorted(doubtful & samples.keys()):
+        del samples[key]
+        problems.append((key, "next to a damaged place, may be incomplete"))
+    return samples
+
+
+def index_foreign(shard: Path) -> ShardIndex:
+    """Index a tar that has no index, reading it once, and write the index beside it if the folder can be written."""
+    problems: Problems = []
+    with shard.open("rb") as file:
+        samples = _group(scan_tar(file, problems), problems)
+        entries = []
+        for key, places in samples.items():
+            try:
+                entries.append(_entry(file, key, places))
+            except BadSample as error:
+                problems.append((key, error.reason))
+    index = ShardIndex(shard.name, shard.stat().st_size, file_checksum(shard), tuple(entries), tuple(problems))
+    if os.access(shard.parent, os.W_OK):
+        write_index(Path(index_path(str(shard))), index)
+    return index
+
+
+def _entry(file: IO[bytes], key: str, places: dict[str, Place]) -> Entry:
+    media = media_extension(set(places))
+    members, contents = {}, {}
+    for extension, (_, offset, length) in places.items():
+        file.seek(offset)
+        data = file.read(length)
+        members[extension] = Member(offset, length, checksum(data))
+        if extension in (media, CAPTION_EXTENSION):
+            contents[extension] = data
+    caption = read_caption(contents.get(CAPTION_EXTENSION, b""))
+    meta: dict[str, Any] = {}
+    return Entry(key, members, probe(contents), len(caption), meta)
+
+
+def summarise(problems: tuple[tuple[str, str], ...]) -> str:
+    """Count problems by reason, in one line."""
+    counts = Counter(reason for _, reason in problems)
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())

@@ -1,0 +1,122 @@
+"""The index beside a shard: where every sample lies, its checksums, and the facts a plan is made of.
+
+JSON, one sample a line, with a checksum of its own. Knows nothing of how shards are written or decoded.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import xxhash
+
+from data_pipelines.errors import UserError
+from data_pipelines.samples import Facts, Kind
+from data_pipelines.storage import Member, filesystem, published
+
+SCHEMA = 1
+SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample of a shard. `caption_length` in characters; `meta` is free (label, attributes, scores)."""
+
+    key: str
+    members: Mapping[str, Member]
+    facts: Facts
+    caption_length: int
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All of a shard: file name, length in bytes, xxh3_128 of the whole file, its samples, what was left out and why."""
+
+    shard: str
+    length: int
+    checksum: str
+    entries: tuple[Entry, ...]
+    problems: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """xxh3_128 (hex) of the content of the index: equal digests mean equal samples in equal places."""
+        return _digest(_body(self))
+
+
+def index_path(shard: str) -> str:
+    """Address of the index of the shard at address `shard`."""
+    return shard + SUFFIX
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    """Write the index, whole or not at all."""
+    body = _body(index)
+    with published(path) as file:
+        file.write(f'{{"digest": "{_digest(body)}",\n{body}}}\n'.encode())
+
+
+def read_index(address: str) -> ShardIndex:
+    """Read the index at `address` (local path or object). Raises UserError if it is damaged or of another schema."""
+    fs, path = filesystem(address)
+    return parse_index(fs.cat_file(path), address)
+
+
+def parse_index(data: bytes, address: str) -> ShardIndex:
+    """Parse and verify the bytes of an index; `address` is for the error text."""
+    mend = "delete this file and the shard is indexed anew"
+    try:
+        record = json.loads(data)
+        if record["schema"] != SCHEMA:
+            raise UserError(f"{address}: schema {record['schema']}, expected {SCHEMA}; {mend}")
+        index = ShardIndex(
+            shard=record["shard"],
+            length=int(record["length"]),
+            checksum=record["xxh3_128"],
+            entries=tuple(_entry(sample) for sample in record["samples"]),
+            problems=tuple((str(what), str(why)) for what, why in record["problems"]),
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{address}: not a whole shard index ({type(error).__name__}: {error}); {mend}") from error
+    if index.digest != record.get("digest"):
+        raise UserError(f"{address}: the index is damaged (its digest does not match its content); {mend}")
+    return index
+
+
+def _digest(body: str) -> str:
+    return xxhash.xxh3_128_hexdigest(body.encode())
+
+
+def _body(index: ShardIndex) -> str:
+    head = {"schema": SCHEMA, "shard": index.shard, "length": index.length, "xxh3_128": index.checksum, "problems": index.problems}
+    lines = ",\n".join(json.dumps(_record(entry), sort_keys=True) for entry in index.entries)
+    return f'{json.dumps(head, sort_keys=True)[1:-1]},\n"samples": [\n{lines}]'
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    facts = entry.facts
+    return {
+        "key": entry.key,
+        "kind": facts.kind,
+        "frames": facts.frames,
+        "height": facts.height,
+        "width": facts.width,
+        "fps": facts.fps,
+        "caption_length": entry.caption_length,
+        "members": {name: [m.offset, m.length, m.checksum] for name, m in entry.members.items()},
+        "meta": dict(entry.meta),
+    }
+
+
+def _entry(record: dict[str, Any]) -> Entry:
+    if record["kind"] not in get_args(Kind):
+        raise TypeError(f"kind {record['kind']!r} is none of {get_args(Kind)}")
+    return Entry(
+        key=record["key"],
+        members={name: Member(*place) for name, place in record["members"].items()},
+        facts=Facts(record["kind"], record["frames"], record["height"], record["width"], record["fps"]),
+        caption_length=record["caption_length"],
+        meta=record["meta"],
+    )

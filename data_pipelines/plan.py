@@ -1,0 +1,207 @@
+"""The plan: which samples form every global step, as a pure function of (manifest hash, config, seed, epoch, position).
+
+An epoch is cut into windows of `window_shards` shards, in an order drawn from (seed, epoch). A window is planned on its own:
+its samples are ordered by hashes of (seed, epoch, id), given their sizes, and packed. The packs of all windows, one after
+another without end, are the stream; a step is the next `packs_per_step` of them and may reach across windows and epochs.
+So packs that are left at the end of a window simply begin the next step, nothing but `Position` is carried from step to
+step, and any step can be planned from its position alone at the price of one window (two where the step crosses). The
+cost of this is a few part-filled packs at the end of each window.
+
+Every rank computes the same plan and reads its share of it. Knows nothing of bytes, pixels, models or processes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+import xxhash
+
+from data_pipelines import packing, randomness
+from data_pipelines.config import DataConfig, Size
+from data_pipelines.errors import UserError
+from data_pipelines.index import Entry
+from data_pipelines.packed import Grid
+from data_pipelines.samples import Facts
+from data_pipelines.sizes import choose_size
+from data_pipelines.sources import Shard, SourceManifest, read_sources
+
+GridOf = Callable[[Facts], Grid | None]
+"""The token grid (t, h, w) of a sample as it will be delivered: pixels of the size chosen, or latents. None: no place."""
+
+_WINDOWS_KEPT = 2  # a step that crosses a window needs two
+_EMPTY_EPOCHS = 1000  # in a row, before small weights are called a mistake
+
+
+class Position(NamedTuple):
+    """Where a step begins: the whole state of the stream, at any world size and worker count."""
+
+    epoch: int
+    window: int
+    pack: int
+
+
+START = Position(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One sample at one place of the stream. size: what raw pixels are brought to, None for latents.
+
+    id: "source/shard/key". repeat: how often the sample occurred in this epoch before (source weights above 1).
+    """
+
+    id: str
+    shard: str
+    entry: Entry
+    size: Size | None
+    grid: Grid
+    seed: int
+    epoch: int
+    repeat: int
+
+    @property
+    def key(self) -> int:
+        """The 63-bit key of every random draw made for this sample."""
+        again = (self.repeat,) if self.repeat else ()
+        return randomness.key(self.seed, self.epoch, self.id, *again)
+
+
+PlannedPack = tuple[PlannedSample, ...]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One global step: its packs in order, and where the next step begins."""
+
+    packs: tuple[PlannedPack, ...]
+    after: Position
+
+    @property
+    def samples(self) -> int:
+        """Samples of the step over all ranks."""
+        return sum(map(len, self.packs))
+
+
+class Place(NamedTuple):
+    """How a sample enters the stream; without a grid it does not, for `reason`."""
+
+    size: Size | None
+    grid: Grid | None
+    reason: str
+
+
+class Plan:
+    """The stream of a config: `step(position)` for any position. Raises UserError if nothing fits, or something cannot."""
+
+    def __init__(self, config: DataConfig, sources: Sequence[SourceManifest], grid_of: GridOf, seed: int) -> None:
+        self.config, self.sources, self.seed = config, tuple(sources), seed
+        self._grid_of = grid_of
+        self.place = lru_cache(maxsize=None)(self._place)
+        self.packs = lru_cache(maxsize=_WINDOWS_KEPT)(self._packs)
+        self._shards = [(source, shard) for source in self.sources for shard in source.shards]
+        self.windows = -(-len(self._shards) // config.window_shards)
+        """Windows of an epoch."""
+        self._order = lru_cache(maxsize=_WINDOWS_KEPT)(self._order_of_shards)
+        self._check_places()
+
+    @property
+    def manifest_hash(self) -> str:
+        """Hash of the content of all sources."""
+        return xxhash.xxh3_128_hexdigest("\n".join(source.hash for source in self.sources).encode())
+
+    def step(self, position: Position) -> PlannedStep:
+        """Plan the step that begins at `position`. Costs the same at any position."""
+        packs: list[PlannedPack] = []
+        epoch, window, pack = position
+        if min(position) < 0 or window >= self.windows or pack > len(self.packs(epoch, window)):
+            raise UserError(f"the stream has no {position}: the data of this run changed since it was saved (keys under data)")
+        while len(packs) < self.config.packs_per_step:
+            available = self.packs(epoch, window)
+            taken = available[pack : pack + self.config.packs_per_step - len(packs)]
+            packs += taken
+            pack += len(taken)
+            if pack == len(available):
+                epoch, window, pack = (epoch, window + 1, 0) if window + 1 < self.windows else (epoch + 1, 0, 0)
+                if not packs and epoch - position[0] > _EMPTY_EPOCHS:
+                    raise UserError(f"no sample was drawn in {_EMPTY_EPOCHS} epochs: raise data.sources[i].weight")
+        return PlannedStep(tuple(packs), Position(epoch, window, pack))
+
+    def _packs(self, epoch: int, window: int) -> tuple[PlannedPack, ...]:
+        """Every pack of one window."""
+        size = self.config.window_shards
+        shards = self._order(epoch)[window * size : (window + 1) * size]
+        samples = chain.from_iterable(self._samples(source, shard, epoch) for source, shard in shards)
+        shuffled = sorted(samples, key=lambda s: (randomness.key(self.seed, epoch, "order", s.id, s.repeat), s.id))
+        return tuple(packing.fill(((sample, tokens_of(sample.grid)) for sample in shuffled), self.config.token_budget))
+
+    def _order_of_shards(self, epoch: int) -> list[tuple[SourceManifest, Shard]]:
+        return sorted(self._shards, key=lambda item: randomness.key(self.seed, epoch, "shard", item[0].name, item[1].name))
+
+    def _samples(self, source: SourceManifest, shard: Shard, epoch: int) -> Iterator[PlannedSample]:
+        for entry in source.index(shard).entries:
+            size, grid, _ = self.place(entry.facts)
+            if grid is not None:
+                name = f"{source.name}/{shard.name}/{entry.key}"
+                for repeat in range(self._occurrences(source.weight, epoch, name)):
+                    yield PlannedSample(name, shard.address, entry, size, grid, self.seed, epoch, repeat)
+
+    def _occurrences(self, weight: float, epoch: int, name: str) -> int:
+        """floor(weight), plus one more with the probability of the rest."""
+        whole = int(weight)
+        return whole + (weight > whole and randomness.uniform(self.seed, epoch, name, "occurrence") < weight - whole)
+
+    def _place(self, facts: Facts) -> Place:
+        """Size and grid of a sample, the same for all samples with the same facts."""
+        size: Size | None = None
+        if facts.kind != "latents":
+            size = choose_size(facts.frames, facts.height, facts.width, self.config.sizes)
+            if size is None:
+                return Place(None, None, f"{facts.frames} frames are fewer than any of data.sizes has")
+            facts = Facts(facts.kind, *size, facts.fps)
+        grid = self._grid_of(facts)
+        return Place(size, grid, "" if grid else f"no token grid for {facts.kind} of {[facts.frames, facts.height, facts.width]}")
+
+    def _check_places(self) -> None:
+        found = {facts for source in self.sources for facts in source.facts}
+        if not self.config.sizes and any(facts.kind != "latents" for facts in found):
+            raise UserError("data.sizes is empty, but the sources hold raw images or videos; give the allowed [frames, height, width]")
+        places = {facts: self.place(facts) for facts in found}
+        reasons = sorted({place.reason for place in places.values() if place.grid is None})
+        if len(reasons) and all(place.grid is None for place in places.values()):
+            raise UserError(f"no sample of data.sources has a place in the stream: {'; '.join(reasons)}; change data.sizes")
+        largest = max((place.grid for place in places.values() if place.grid is not None), key=tokens_of)
+        if (tokens := tokens_of(largest)) > self.config.token_budget:
+            t, h, w = largest
+            raise UserError(
+                f"data.token_budget = {self.config.token_budget}, but the largest sample takes {t} x {h} x {w} = {tokens} tokens; "
+                f"raise data.token_budget to at least {tokens} or remove its size from data.sizes"
+            )
+
+
+def open_plan(config: DataConfig, grid_of: GridOf, seed: int) -> Plan:
+    """Read the sources of `config` and plan them."""
+    return Plan(config, read_sources(config.sources), grid_of, seed)
+
+
+def tokens_of(grid: Grid) -> int:
+    """Tokens of a sample: t * h * w."""
+    t, h, w = grid
+    return t * h * w
+
+
+def share(packs: Sequence[PlannedPack], rank: int, world_size: int) -> Sequence[PlannedPack]:
+    """The packs of a step that one rank reads. The one place that decides it: the shares are disjoint and cover the step."""
+    each = len(packs) // world_size
+    return packs[rank * each : (rank + 1) * each]
+
+
+def check_world_size(config: DataConfig, world_size: int) -> None:
+    """Raise UserError unless every rank gets the same number of packs."""
+    if rest := config.packs_per_step % world_size:
+        divisors = [n for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0]
+        raise UserError(
+            f"data.packs_per_step % world size = {config.packs_per_step} % {world_size} = {rest}, expected 0; "
+            f"run on {' or '.join(map(str, divisors))} processes, or set data.packs_per_step to a multiple of {world_size}"
+        )

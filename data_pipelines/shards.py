@@ -1,0 +1,146 @@
+"""Shards: plain WebDataset tars, written once, byte for byte the same from the same samples, verified at any time.
+
+Knows nothing of what the members mean; facts about a sample come from the caller.
+"""
+
+import io
+import tarfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import xxhash
+
+from data_pipelines.index import Entry, ShardIndex, index_path, read_index, write_index
+from data_pipelines.samples import CAPTION_EXTENSION, BadSample, Facts, check_key, read_caption
+from data_pipelines.storage import Member, checksum, published, read_members
+
+_CHUNK = 1 << 20
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard with this number in a set that we write."""
+    return f"shard-{number:06d}.tar"
+
+
+class _Hashed(io.RawIOBase):
+    """A write-only stream that hashes and counts what passes through it on its way to `file`."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.hash, self.length = file, xxhash.xxh3_128(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.length
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.length += len(data)
+        return self.file.write(data)
+
+
+class ShardWriter:
+    """Write one shard and its index: `with ShardWriter(path) as shard: shard.add(key, members, facts, meta)`.
+
+    The tar appears under its own name when the block ends without an error, its index after it: a shard whose index
+    exists is complete. An error leaves nothing behind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, Entry] = {}
+        self._problems: list[tuple[str, str]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._out = _Hashed(stack.enter_context(published(self.path)))
+            # PAX writes plain ustar headers wherever a name fits into them.
+            self._tar = stack.enter_context(tarfile.open(fileobj=self._out, mode="w", format=tarfile.PAX_FORMAT))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            Path(index_path(str(self.path))).unlink(missing_ok=True)  # an old index must not vouch for the new tar
+        self._stack.__exit__(kind, error, trace)
+        if kind is None:
+            write_index(Path(index_path(str(self.path))), self.index)
+
+    @property
+    def index(self) -> ShardIndex:
+        """The index of what was written so far."""
+        entries = tuple(self._entries.values())
+        return ShardIndex(self.path.name, self._out.length, self._out.hash.hexdigest(), entries, tuple(self._problems))
+
+    def add(self, key: str, members: Mapping[str, bytes], facts: Facts, meta: Mapping[str, Any]) -> None:
+        """Append a sample: `members` maps extensions to content. Raises ValueError for an unusable or repeated key."""
+        check_key(key)
+        if key in self._entries:
+            raise ValueError(f"key {key!r} occurs twice in {self.path.name}")
+        places = {extension: self._write(f"{key}.{extension}", data) for extension, data in sorted(members.items())}
+        caption = read_caption(members.get(CAPTION_EXTENSION, b""))
+        self._entries[key] = Entry(key, places, facts, len(caption), dict(meta))
+
+    def leave_out(self, what: str, reason: str) -> None:
+        """Record in the index that the input `what` gave no sample, and why."""
+        self._problems.append((what, reason))
+
+    def _write(self, name: str, data: bytes) -> Member:
+        info = tarfile.TarInfo(name)  # owner 0, time 0: the same samples give the same bytes
+        info.size, info.mode = len(data), 0o644
+        self._tar.addfile(info, io.BytesIO(data))
+        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return Member(self._out.length - padded, len(data), checksum(data))
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What verification found: damage to the file as a whole, and the samples that it cost, with reasons."""
+
+    shard: str
+    samples: int
+    damage: tuple[str, ...]
+    bad: tuple[tuple[str, str], ...]
+
+    @property
+    def intact(self) -> bool:
+        """Whether every byte is as it was written."""
+        return not self.damage and not self.bad
+
+
+def verify_shard(shard: Path, index: ShardIndex | None = None) -> ShardReport:
+    """Compare every byte of `shard` with its index (read from beside it if None)."""
+    index = read_index(index_path(str(shard))) if index is None else index
+    damage = _file_damage(shard, index)
+    bad = []
+    for entry in index.entries:
+        try:
+            read_members(str(shard), entry.members)
+        except BadSample as error:
+            bad.append((entry.key, error.reason))
+    return ShardReport(str(shard), len(index.entries), damage, tuple(bad))
+
+
+def _file_damage(shard: Path, index: ShardIndex) -> tuple[str, ...]:
+    if not shard.is_file():
+        return ("missing",)
+    if (length := shard.stat().st_size) != index.length:
+        return (f"{length} bytes, expected {index.length}",)
+    if file_checksum(shard) != index.checksum:
+        return ("the file's checksum does not match",)
+    return ()
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_128 of a file, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,95 @@
+"""Worker processes that read ahead: items come back in the order of the sampler, whatever the number of workers.
+
+Knows nothing of what is read.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+READ_AHEAD = 2
+"""Items that each worker prepares ahead of their use."""
+
+_PRELOAD = ["data_pipelines.raw"]
+_KILL_SECONDS = 5.0
+
+Item = TypeVar("Item")
+
+
+class InOrder(Iterator[Item], Generic[Item]):
+    """Iterate `dataset[index] for index in sampler` with `num_workers` processes, 0 for none.
+
+    The workers live as long as the iteration. `close` ends them, and so do collection and the end of the process.
+    """
+
+    def __init__(self, dataset: Dataset[Item], sampler: Sampler[Any], num_workers: int) -> None:
+        before = set(multiprocessing.active_children())
+        loader: DataLoader[Item] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            prefetch_factor=READ_AHEAD if num_workers else None,
+            multiprocessing_context=_context() if num_workers else None,
+            worker_init_fn=_follow_the_parent,
+            generator=torch.Generator(),  # else the loader takes its seed from the process-wide generator
+        )
+        self._running: list[Iterator[Item]] = [iter(loader)]
+        workers = [child for child in multiprocessing.active_children() if child not in before]
+        self._close = weakref.finalize(self, _end, self._running, workers)
+
+    def __next__(self) -> Item:
+        if not self._running:
+            raise StopIteration
+        return next(self._running[0])
+
+    def close(self) -> None:
+        """End the iteration and its workers."""
+        self._close()
+
+
+def _context() -> Any:
+    """Start workers from a server process that was begun afresh: a fork of this one would copy the locks of its threads
+    (NCCL, gloo, OpenMP) in whatever state they are. The server has the imports done, so a worker starts as fast as a fork.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    # Schedulers signal every process of a job. The server must outlive that, or its workers count as dead.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    return context
+
+
+def _follow_the_parent(_: int) -> None:
+    """End when the training process ends, not before: a ctrl-C or a scheduler's SIGTERM is for it, and it reads on until it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # The loader's own watchdog looks at the process that forked this one, which here is the server.
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _end(running: list[Iterator[Any]], workers: list[BaseProcess]) -> None:
+    running.clear()  # the loader's iterator ends its workers when it is dropped
+    for worker in workers:
+        worker.join(_KILL_SECONDS)
+        if worker.is_alive():
+            worker.kill()

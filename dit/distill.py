@@ -1,0 +1,39 @@
+"""`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
+
+from dit.config import DistillRun
+from dit.distillation import build_distillation, build_student_sampling
+from dit.drawing import Preview
+from dit.engine.checkpoint import resume
+from dit.engine.deepspeed import Engine
+from dit.engine.loop import fit
+from dit.models import build_backbone
+from dit.runs import Encoders, TrainedRun, null_label, open_for_writing
+from dit.runtime import distributed
+from dit.stream import Stream
+
+
+def main(run: DistillRun) -> int:
+    """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
+    distributed.init()
+    trained = TrainedRun.open(run.teacher.run, "teacher.run")
+    base = trained.base
+    data = run.data or base.data
+    encoders = Encoders.load(base.encoders, distributed.device())
+    stream = Stream(data, encoders, base.backbone, run.train.seed)
+    folder = open_for_writing(run, base, stream.describe())
+    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
+    objective = build_distillation(run.method, teacher, encoders.null_text, null_label(base), base.objective.shift)
+    student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    student.load_state_dict(teacher.state_dict())
+    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
+    steps = stream.steps(resume(engine, folder))
+    fit(
+        run,
+        engine,
+        steps,
+        lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
+        max_bad_fraction=data.max_bad_fraction,
+        validate=None,
+        preview=Preview(run.preview, build_student_sampling(run.method), encoders, base, folder) if run.preview else None,
+    )
+    return 0

@@ -1,0 +1,98 @@
+"""Guided consistency distillation on the rectified-flow path: a student that jumps from any level to the data in one call.
+
+Must not know how teacher and student are built or sharded. The student answers with a velocity, like any denoiser, and
+f(x, t) = x - t v(x, t) is its consistency function: f(x, 0) = x holds by itself, so no boundary scalings are needed.
+"""
+
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from data_pipelines.packed import Conditioning, PackedLatents
+from dit.config.distillation import ConsistencyConfig
+from dit.config.objective import Guidance, SamplingConfig, TokenShift
+from dit.diffusion import times
+from dit.diffusion.denoiser import Denoiser
+from dit.diffusion.objectives import noised
+from dit.diffusion.samplers import euler_slope, heun_slope
+from dit.runtime.losses import Losses
+
+
+class ConsistencyDistillation:
+    """Make the student agree with itself along the teacher's flow: f(x_t, t) = f(x_r, r) for r < t.
+
+    teacher: frozen, and guided already; the guidance is baked into the student, so captions are never dropped here and the student
+    is sampled without guidance. token_shift: that of the teacher's training, for the student is sampled at the same levels.
+
+    Method: discrete consistency distillation (Song et al. 2023, arXiv:2303.01469, eq. 7; guided: Luo et al. 2023,
+    arXiv:2310.04378) with the student itself, without gradient, as target (Song & Dhariwal 2023, arXiv:2310.14189) and
+    a gap that shrinks in stages (Geng et al. 2024, arXiv:2406.14548).
+    """
+
+    def __init__(self, config: ConsistencyConfig, teacher: Denoiser, token_shift: TokenShift | None) -> None:
+        self.config = config
+        self.teacher = teacher
+        self.token_shift = token_shift
+
+    def __call__(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
+        """Consistency loss of each sample, zero for holes. Calls the student twice, once without gradient.
+
+        The error is that of the velocity, so the error of f weighs 1 / t^2 and all levels count alike, as in the teacher's
+        training. On a mixture of three Gaussians (1500 steps) the energy distance of 1-, 2- and 4-step students was 2.4, 2.6,
+        1.7 e-3 so, against 3.0, 4.1, 3.9 e-3 with weight 1 / t and 5.3, 9.0, 10.7 e-3 with weight 1.
+        """
+        gap = relative_gap(self.config, progress)
+        levels = times.draw(self.config.times, self.token_shift, batch.keys, batch.cond.lengths)  # (n,)
+        x_t, _, t = noised(batch, levels)
+        r = (levels * (1 - gap)).to(t)
+        target = self._target(student, x_t, t, r, batch.cond, gap)
+        error = (student(x_t, t, batch.cond).float() - target).square()  # (L, P)
+        return Losses(self._distance(batch.cond.per_sample(error)) * batch.weights, t)
+
+    @torch.no_grad()
+    def _target(self, student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Conditioning, gap: float) -> Tensor:
+        """The velocity (x_t - f(x_r, r)) / t, (L, P), that makes f(x_t, t) = f(x_r, r).
+
+        Written as gap * (teacher's mean velocity from t to r) + (1 - gap) * v(x_r, r), which it equals since r = t (1 - gap):
+        nothing is divided by t, and nothing cancels where t is small.
+        """
+        x_r, mean_velocity = self._follow_teacher(x_t, t, r, cond)
+        return gap * mean_velocity + (1 - gap) * student(x_r, r, cond).float()
+
+    def _follow_teacher(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Move x (L, P) along the teacher's flow from t to r (n,): x_r (L, P) and the mean velocity (L, P) on the way."""
+        match self.config.solver:
+            case "euler":
+                slope = euler_slope
+            case "heun":
+                slope = heun_slope
+            case _:
+                assert_never(self.config.solver)
+        steps = self.config.solver_steps
+        total = torch.zeros_like(x)
+        for step in range(steps):
+            t_from, t_to = torch.lerp(t, r, step / steps), torch.lerp(t, r, (step + 1) / steps)
+            velocity = slope(self.teacher, x, t_from, t_to, cond)
+            x = x + cond.per_token(t_to - t_from)[:, None] * velocity
+            total = total + velocity
+        return x, total / steps
+
+    def _distance(self, squared: Tensor) -> Tensor:
+        """Squared error, or the pseudo-Huber distance sqrt(error^2 + c^2) - c of Song & Dhariwal 2023, both per dimension.
+
+        Squared is the default: the gradient of an unsquared norm does not fade as the student converges.
+        """
+        c = self.config.huber
+        return squared if c == 0 else (squared + c**2).sqrt() - c
+
+
+def relative_gap(config: ConsistencyConfig, progress: float) -> float:
+    """(t - r) / t at `progress` in [0, 1] of the run: 1 / q^stage, stages 1, 2, ... of equal length (Geng et al. 2024)."""
+    stage = min(int(progress * config.stages), config.stages - 1) + 1
+    return float(config.q**-stage)
+
+
+def student_sampling(config: ConsistencyConfig) -> SamplingConfig:
+    """How the student is to be sampled: predict, noise afresh, repeat; its guidance is baked in."""
+    return SamplingConfig(sampler="consistency", steps=config.student_steps, guidance=Guidance(s=1.0))

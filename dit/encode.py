@@ -1,0 +1,147 @@
+"""`dit encode`: shards of pixels and captions -> shards of latents and text embeddings, each made once."""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from data_pipelines.errors import DataBudgetExceeded, UserError
+from data_pipelines.index import Entry, index_path
+from data_pipelines.plan import PlannedSample
+from data_pipelines.progress import Progress
+from data_pipelines.raw import RawSample, read_sample
+from data_pipelines.samples import Facts
+from data_pipelines.shards import ShardWriter, shard_name
+from data_pipelines.sizes import choose_size
+from data_pipelines.sources import read_sources
+from data_pipelines.workers import InOrder
+from dit.config import EncodeRun
+from dit.encoders.prepare import encode_samples
+from dit.runs import Encoders
+from dit.runtime import distributed
+from dit.stream import CACHE_FILE
+
+
+def main(run: EncodeRun) -> int:
+    """Write one latent shard for each shard of the sources; complete ones are kept, and ranks share the rest."""
+    distributed.init()
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    encoders = Encoders.load(run.encoders, distributed.device())
+    for size in run.sizes:
+        encoders.latents.latent_size(size)
+    _claim(out, run, encoders)
+    shards = [(source, shard) for source in read_sources(run.sources) for shard in source.shards]
+    mine = [
+        (out / shard_name(number), *item) for number, item in enumerate(shards) if number % distributed.world_size() == distributed.rank()
+    ]
+    rest = [item for item in mine if not Path(index_path(str(item[0]))).is_file()]
+    print(f"{len(mine) - len(rest)} of {len(mine)} shards are complete in {out}")
+    plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
+    progress = Progress(sum(map(len, plans)), "encoding", "samples")
+    samples = InOrder(_Reader(), _Readable(plans), run.num_workers)
+    bad: list[tuple[str, str]] = []
+    for (path, _, _), plan in zip(rest, plans, strict=True):
+        bad += _encode_shard(run, encoders, plan, samples, path, progress)
+        if len(bad) > run.max_bad_fraction * max(progress.done, 1000):
+            raise DataBudgetExceeded(
+                f"{len(bad)} of {progress.done} samples could not be read (max_bad_fraction={run.max_bad_fraction}), the last: {bad[-1]}"
+            )
+    samples.close()
+    for name, reason in bad[:10]:
+        print(f"left out {name}: {reason}")
+    if bad:
+        print(f"left out {len(bad)} samples in all; the index of each shard names them")
+    distributed.barrier()
+    return 0
+
+
+class _Readable(Sampler[PlannedSample]):
+    """Every sample that has a size, shard by shard."""
+
+    def __init__(self, plans: list[list[PlannedSample]]) -> None:
+        self.plans = plans
+
+    def __iter__(self) -> Iterator[PlannedSample]:
+        return (planned for plan in self.plans for planned in plan if planned.size)
+
+
+class _Reader(Dataset[RawSample]):
+    def __getitem__(self, planned: PlannedSample) -> RawSample:
+        return read_sample(planned)
+
+
+def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Sequence[Entry]) -> list[PlannedSample]:
+    """What to read of a shard, in its order; a sample without a size fits none of `sizes`."""
+    return [
+        PlannedSample(
+            f"{source}/{shard}/{entry.key}",
+            address,
+            entry,
+            choose_size(entry.facts.frames, entry.facts.height, entry.facts.width, run.sizes),
+            (0, 0, 0),
+            0,
+            0,
+            0,
+        )
+        for entry in entries
+    ]
+
+
+def _encode_shard(
+    run: EncodeRun, encoders: Encoders, plan: list[PlannedSample], samples: Iterator[RawSample], path: Path, progress: Progress
+) -> list[tuple[str, str]]:
+    """Encode one shard; returns (id, reason) of the samples that are left out."""
+    dtype = np.dtype(run.dtype)
+    bad = [(planned.id, "shorter than any of `sizes`") for planned in plan if planned.size is None]
+    readable = iter([planned for planned in plan if planned.size])
+    with ShardWriter(path) as writer:
+        while planned := list(islice(readable, run.batch_size)):
+            batch = list(islice(samples, len(planned)))
+            bad += [(sample.id, sample.error) for sample in batch if sample.error]
+            good = [(item.entry.key, sample) for item, sample in zip(planned, batch, strict=True) if not sample.error]
+            if not good:
+                continue
+            latents = encode_samples([sample for _, sample in good], encoders.latents)
+            texts = encoders.text.encode([sample.caption for _, sample in good])
+            for (key, sample), array, text in zip(good, latents, texts, strict=True):
+                assert array is not None
+                members = {"latents.npy": _npy(array, dtype), "text.npy": _npy(text, dtype), "txt": sample.caption.encode()}
+                _, t, h, w = array.shape
+                writer.add(key, members, Facts("latents", t, h, w, None), {} if sample.label is None else {"label": sample.label})
+            progress.advance(len(batch))
+        for name, reason in bad:
+            writer.leave_out(name, reason)
+    return bad
+
+
+def _claim(out: Path, run: EncodeRun, encoders: Encoders) -> None:
+    """Write what the cache depends on, or check that the cache which exists was begun with the same."""
+    claim = {
+        "latents": encoders.latents.fingerprint(),
+        "text": encoders.text.fingerprint(),
+        "sizes": [list(size) for size in run.sizes],
+        "dtype": run.dtype,
+        "sources": [source.path for source in run.sources],
+    }
+    path = out / CACHE_FILE
+    if path.is_file():
+        begun = json.loads(path.read_text())
+        different = [key for key, value in claim.items() if begun.get(key) != value]
+        if different:
+            lines = "\n".join(f"  {key}: {begun.get(key)} there, {claim[key]} here" for key in different)
+            raise UserError(f"out={out} holds a cache that was made differently:\n{lines}\nGive another `out`, or delete that folder")
+    elif distributed.rank() == 0:
+        path.write_text(json.dumps(claim, indent=1) + "\n")
+    distributed.barrier()
+
+
+def _npy(tensor: Tensor, dtype: np.dtype) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, tensor.cpu().numpy().astype(dtype))
+    return buffer.getvalue()

@@ -1,0 +1,132 @@
+"""Folders that are either complete or not there, and that prove their contents: `step-00000500/` with a manifest written last.
+
+Owns names, checksums, publishing and retention. Knows nothing of what the files hold. Files of a folder are written into a hidden one
+beside it and flushed; then the manifest; then one rename publishes them all. A folder is valid if every file that its manifest
+names has the length and the checksum that it says, and the manifest its own.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+Entry = dict[str, Any]
+"""One file of a manifest: name, length, xxh3_64."""
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Where `root` keeps `step`."""
+    return root / f"step-{step:08d}"
+
+
+def published(root: Path) -> list[int]:
+    """Steps that have a folder in `root`, newest first, valid or not. Found by scan: a pointer file can lie."""
+    if not root.is_dir():
+        return []
+    names = (re.fullmatch(r"step-(\d{8,})", entry.name) for entry in root.iterdir())
+    return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
+def stage(root: Path, step: int) -> Path:
+    """An empty hidden folder for the files of `step`; what crashed saves have left is deleted."""
+    root.mkdir(parents=True, exist_ok=True)
+    for left in root.glob(".*step-*"):
+        shutil.rmtree(left)
+    folder = root / f".writing-{step_folder(root, step).name}"
+    folder.mkdir()
+    return folder
+
+
+def seal(path: Path) -> Entry:
+    """Flush the file at `path` to the disk and describe it for the manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "length": path.stat().st_size, "xxh3_64": checksum(path)}
+
+
+def publish(staged: Path, root: Path, step: int, entries: Sequence[Entry]) -> Path:
+    """Write the manifest of the sealed files of `staged`, flush, and make the folder appear under its name in one rename."""
+    (staged / MANIFEST).write_bytes(_manifest(step, entries))
+    seal(staged / MANIFEST)
+    _flush_folder(staged)
+    final = step_folder(root, step)
+    if final.exists():  # left by an earlier run of the same step: an invalid one, or a resume behind it
+        final.rename(root / f".replaced-{final.name}")
+    staged.rename(final)
+    _flush_folder(root)
+    shutil.rmtree(root / f".replaced-{final.name}", ignore_errors=True)
+    hint = root / ".latest"
+    hint.write_text(final.name + "\n")
+    hint.replace(root / "latest")
+    return final
+
+
+def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
+    """Why `folder` is not valid: one line a file, nothing if it is. Reads every `shares`-th file from number `share` on."""
+    path = folder / MANIFEST
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    try:
+        manifest = json.loads(data)
+        step, entries = int(manifest["step"]), list(manifest["files"])
+        canonical = _manifest(step, entries)
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{path}: unreadable ({error})"]
+    if data != canonical:
+        return [f"{path}: its checksum does not match its contents"]
+    if step_folder(folder.parent, step) != folder:
+        return [f"{path}: written for step {step}"]
+    return [problem for entry in entries[share::shares] if (problem := _file_problem(folder / str(entry["name"]), entry))]
+
+
+def retain(root: Path, keep: int, newest_valid: int) -> list[int]:
+    """Delete all but the newest `keep` steps of `root`, and never `newest_valid`; returns what was deleted."""
+    doomed = [step for step in published(root)[keep:] if step != newest_valid]
+    for step in doomed:
+        folder = step_folder(root, step)
+        hidden = folder.rename(root / f".deleting-{folder.name}")  # never half a folder under a name that counts
+        shutil.rmtree(hidden)
+    return doomed
+
+
+def checksum(path: Path) -> str:
+    """xxh3_64 of a file, as hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _manifest(step: int, entries: Sequence[Entry]) -> bytes:
+    """The only bytes that say this: a manifest with any bit changed is not one."""
+    body: dict[str, Any] = {"format": FORMAT, "step": step, "files": sorted(entries, key=lambda entry: str(entry["name"]))}
+    body["xxh3_64"] = xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
+    return (json.dumps(body, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _file_problem(path: Path, entry: Entry) -> str | None:
+    try:
+        length = path.stat().st_size
+        if length != entry["length"]:
+            return f"{path}: {length} bytes, its manifest says {entry['length']}"
+        return None if checksum(path) == entry["xxh3_64"] else f"{path}: its checksum does not match"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,161 @@
+"""The training loop, for training and distilling alike. Knows nothing of diffusion or of how data is read."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from data_pipelines.errors import DataBudgetExceeded
+from dit.config import FitRun
+from dit.engine import checkpoint
+from dit.engine.deepspeed import Engine
+from dit.engine.metrics import Records
+from dit.engine.progress import Progress, peak_flops
+from dit.engine.tally import Tally, Totals
+from dit.runtime import distributed
+from dit.runtime.losses import Losses
+from dit.runtime.signals import StopSignals
+
+FEWEST_SAMPLES = 10_000
+"""The share of bad samples is taken of at least this many (or of the whole run), so that one early bad sample ends no run."""
+
+
+class StepPacks(Protocol):
+    """What this rank consumes in one optimizer step.
+
+    packs: micro-batches, each with `ids` of its samples. samples: how many the step has over all ranks. position: named tuple, where
+    the stream goes on after this step. bad: (id, reason) of this rank's samples that could not be read, holes in the packs.
+    """
+
+    @property
+    def packs(self) -> Sequence[Any]: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def position(self) -> Any: ...
+    @property
+    def bad(self) -> Sequence[tuple[str, str]]: ...
+
+
+@dataclass(frozen=True)
+class FitResult:
+    state: Literal["done", "interrupted"]
+    step: int
+    samples_seen: int
+    loss: float | None
+    """Mean loss of the last step, None if there was none to take."""
+
+
+def fit(
+    run: FitRun,
+    engine: Engine,
+    steps: Iterator[StepPacks],
+    losses_of: Callable[[Any, float], Losses],
+    *,
+    max_bad_fraction: float,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    preview: Callable[[nn.Module, int], Tensor | None] | None = None,
+    flops_of: Callable[[Any], float] | None = None,
+) -> FitResult:
+    """Train until `train.samples`, or until asked to stop; either way the last step is saved.
+
+    losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same figures on all.
+    preview(module, step) draws on the first rank with the averaged weights; videos (B, T, H, W, 3) it returns go to TensorBoard.
+    flops_of(pack): floating-point operations of its forward and backward pass.
+    Raises NonFinite, DataBudgetExceeded, UserError (disk), on all ranks.
+    """
+    folder, train = Path(run.out), run.train
+    with Records(folder, engine.step, distributed.rank() == 0) as records, StopSignals(folder) as stop:
+        progress = Progress(train.samples, train.log_every_steps, _peak_of_all_devices(run))
+        budget = BadBudget(max_bad_fraction, train.samples, records)
+        budget.check(engine.samples_seen)
+        loss = None
+        if preview and engine.step == 0:
+            _draw(preview, engine, records)
+        while engine.samples_seen < train.samples:
+            started = time.perf_counter()
+            batch = next(steps)
+            waited = time.perf_counter() - started
+
+            tally = Tally()
+            for pack in batch.packs:
+                losses = losses_of(pack, engine.samples_seen / train.samples)
+                engine.backward(losses.per_sample.sum(), batch.samples)
+                tally.add(pack.ids, losses, flops_of(pack) if flops_of else 0.0)
+            totals = tally.reduce(engine.step + 1, batch.samples, batch.bad, stop.reason is not None)
+            grad_norm = engine.optimizer_step()
+
+            loss = totals.loss
+            progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
+            _record(records, progress, engine, totals, grad_norm)
+            budget.spend(totals.bad, batch.bad, engine.step)
+            if validate and run.validation and engine.step % run.validation.every_steps == 0:
+                records.scalars({f"val/{name}": value for name, value in validate(engine.module).items()}, engine.step)
+            if preview and run.preview and engine.step % run.preview.every_steps == 0:
+                _draw(preview, engine, records)
+
+            must_stop = totals.stop or budget.is_exceeded(engine.samples_seen)
+            if must_stop or engine.step % train.save_every_steps == 0 or engine.samples_seen >= train.samples:
+                checkpoint.save(engine, folder, batch.position._asdict(), train.keep_checkpoints)
+            if must_stop:
+                break
+        progress.end()
+        budget.check(engine.samples_seen)
+        state: Literal["done", "interrupted"] = "done" if engine.samples_seen >= train.samples else "interrupted"
+        records.status(state, engine.step, samples_seen=engine.samples_seen, loss=loss, reason=stop.honoured())
+        return FitResult(state, engine.step, engine.samples_seen, loss)
+
+
+class BadBudget:
+    """Unusable samples of a run, over all ranks and restarts, against the fraction that is tolerated."""
+
+    def __init__(self, fraction: float, total: int, records: Records) -> None:
+        self.fraction, self.fewest, self.records = fraction, min(total, FEWEST_SAMPLES), records
+        self.count = sum(distributed.gather_json(records.bad_before))
+
+    def spend(self, count: int, bad: Sequence[tuple[str, str]], step: int) -> None:
+        """Count `count` unusable samples of all ranks, `bad` of them this rank's, and report each with its reason."""
+        if count:
+            self.count += count
+            ranks = distributed.gather_json([list(sample) for sample in bad])
+            self.records.bad(step, [(name, reason) for samples in ranks for name, reason in samples])
+
+    def is_exceeded(self, samples_seen: int) -> bool:
+        """True, on all ranks alike, if the run must end."""
+        return self.count > self.fraction * max(samples_seen, self.fewest)
+
+    def check(self, samples_seen: int) -> None:
+        """Raise DataBudgetExceeded if the run had to end."""
+        if self.is_exceeded(samples_seen):
+            raise DataBudgetExceeded(
+                f"{self.count} unusable samples: more than data.max_bad_fraction={self.fraction} of {max(samples_seen, self.fewest)}. "
+                f"{self.records.bad_file} names each with its reason; a checkpoint is saved. Mend the data, or raise data.max_bad_fraction"
+            )
+
+
+def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, grad_norm: float) -> None:
+    figures = {"loss": totals.loss, "grad_norm": grad_norm, "lr": engine.lr}
+    records.step({"step": engine.step, "samples_seen": engine.samples_seen, **figures, "ids_hash": totals.ids_hash, "bad": totals.bad})
+    if not progress.is_due(engine.step):
+        return
+    bins = {f"train/loss_t/{name}": value for name, value in totals.bins.items()}
+    records.scalars({**{f"train/{name}": value for name, value in figures.items()}, **bins, **progress.rates()}, engine.step)
+    records.status("running", engine.step, samples_seen=engine.samples_seen)
+    if records.is_writer:
+        progress.show(engine.step, engine.samples_seen, grad_norm, engine.lr)
+
+
+def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, records: Records) -> None:
+    with engine.ema_weights() as module:
+        videos = preview(module, engine.step) if records.is_writer else None
+        distributed.barrier()
+    if videos is not None:
+        records.videos(videos, engine.step)
+
+
+def _peak_of_all_devices(run: FitRun) -> float | None:
+    peak = peak_flops(run.engine.precision)
+    return None if peak is None else peak * distributed.world_size()

@@ -1,0 +1,70 @@
+"""What all ranks must know about a step before it is taken, in one small all-reduce."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipelines.randomness import key
+from dit.engine.deepspeed import NonFinite
+from dit.runtime import distributed
+from dit.runtime.losses import Losses
+
+BINS = 5
+"""Losses are also shown for each fifth of t in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """One step, over all ranks. ids_hash does not depend on order, packing or world size."""
+
+    loss: float
+    bad: int
+    stop: bool
+    ids_hash: str
+    flops: float
+    bins: dict[str, float]
+
+
+class Tally:
+    """Sums of one step on this rank. Losses stay on their device until `reduce`."""
+
+    def __init__(self) -> None:
+        self._ids: list[str] = []
+        self._losses: list[Tensor] = []
+        self._times: list[Tensor] = []
+        self.flops = 0.0
+
+    def add(self, ids: Sequence[str], losses: Losses, flops: float) -> None:
+        """Count a pack: n sample `ids`, their losses, and its floating-point operations."""
+        assert len(ids) == len(losses.per_sample) == len(losses.t), (len(ids), losses.per_sample.shape, losses.t.shape)
+        self._ids += ids
+        self._losses.append(losses.per_sample.detach())
+        self._times.append(losses.t.detach())
+        self.flops += flops
+
+    def reduce(self, step: int, samples: int, bad: Sequence[tuple[str, str]], stop: bool) -> Totals:
+        """Sum over ranks; `samples` is the global count. Raises NonFinite on all ranks, naming the samples, if any loss is not finite."""
+        losses, times = torch.cat(self._losses).double(), torch.cat(self._times)  # (n,), (n,)
+        holes = {sample for sample, _ in bad}
+        real = torch.tensor([sample not in holes for sample in self._ids], device=losses.device, dtype=torch.float64)  # (n,)
+        fifth = (times * BINS).long().clamp(0, BINS - 1)  # (n,)
+        sums = losses.new_zeros(BINS).index_add_(0, fifth, losses * real)  # (BINS,)
+        counts = losses.new_zeros(BINS).index_add_(0, fifth, real)  # (BINS,)
+        hashes = [key("sample", sample) for sample in self._ids]
+        low, high = sum(h & 0xFFFFFF for h in hashes), sum(h >> 39 for h in hashes)  # exact in float64 for 2^29 samples
+        facts = losses.new_tensor([len(bad), stop, low, high, self.flops])  # (5,)
+        summed = distributed.all_reduce_sum(torch.cat([losses.sum()[None], facts, sums, counts])).tolist()
+        if not math.isfinite(summed[0]):
+            self._refuse(step, losses)
+        bins = zip(summed[6 : 6 + BINS], summed[6 + BINS :], strict=True)
+        named = {f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}": loss / n for i, (loss, n) in enumerate(bins) if n}
+        ids_hash = f"{int(summed[4]) & 0xFFFFFF:06x}{int(summed[3]) & 0xFFFFFF:06x}"
+        return Totals(summed[0] / samples, int(summed[1]), summed[2] > 0, ids_hash, summed[5], named)
+
+    def _refuse(self, step: int, losses: Tensor) -> None:
+        culprits = [sample for sample, loss in zip(self._ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
+        everywhere = sorted(sample for samples in distributed.gather_json(culprits) for sample in samples)
+        raise NonFinite(f"step {step}: the loss is not finite for {len(everywhere)} samples: {', '.join(everywhere[:20])}")

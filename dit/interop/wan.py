@@ -1,0 +1,147 @@
+"""Weights and configs of the Wan family, as diffusers' `WanTransformer3DModel` stores them. Lossless in both directions.
+
+Works on names, shapes and layouts of tensors only. The patch embedding is a 3-D convolution there and a linear layer on channel-last
+patch vectors here: the same numbers in another order.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+
+from data_pipelines.errors import UserError
+from dit.config import SpatioTemporalDiTConfig
+
+State = dict[str, Tensor]
+
+PATCH_WEIGHT = "patch_embedder.weight"
+EPSILON = 1e-6
+MAX_POSITION = 1024
+"""diffusers tabulates its rotary embedding up to this length of an axis."""
+
+_ENDS = {
+    "patch_embedder": "patch_embedding",
+    "text_embedder.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedder.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedder.mlp.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedder.mlp.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection": "condition_embedder.time_proj",
+    "final_layer.linear": "proj_out",
+}
+_BLOCK = {"cross_norm": "norm2", "mlp.0": "ffn.net.0.proj", "mlp.2": "ffn.net.2"}
+_ATTENTION = {"self_attention": "attn1", "cross_attention": "attn2"}
+_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+_NORMS = {"q_norm": "norm_q", "k_norm": "norm_k"}
+
+
+def to_diffusers(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> State:
+    """Our state dict under diffusers' names and shapes.
+
+    Raises UserError if the config has what Wan has not, or if the names of `state` do not fit the config.
+    """
+    check_exportable(config)
+    names = _names(config.depth)
+    _check_names(state, set(names), config)
+    out = {theirs: state[ours] for ours, theirs in names.items()}
+    pt, ph, pw = config.patch_size
+    weight = rearrange(state[PATCH_WEIGHT], "d (pt ph pw c) -> d c pt ph pw", pt=pt, ph=ph, pw=pw)
+    out[names[PATCH_WEIGHT]] = weight.contiguous()
+    return {name: tensor[None] if name.endswith("scale_shift_table") else tensor for name, tensor in out.items()}
+
+
+def from_diffusers(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> State:
+    """diffusers' state dict under our names and shapes. Raises UserError as `to_diffusers` does."""
+    check_exportable(config)
+    names = _names(config.depth)
+    _check_names(state, set(names.values()), config)
+    out = {ours: state[theirs] for ours, theirs in names.items()}
+    patch = out[PATCH_WEIGHT]
+    if tuple(patch.shape[2:]) != config.patch_size:
+        raise UserError(f"backbone.patch_size: got {list(config.patch_size)}, the weights have {list(patch.shape[2:])}")
+    out[PATCH_WEIGHT] = rearrange(patch, "d c pt ph pw -> d (pt ph pw c)").contiguous()
+    return {name: tensor[0] if name.endswith("modulation.table") else tensor for name, tensor in out.items()}
+
+
+def diffusers_config(config: SpatioTemporalDiTConfig, *, channels: int, text_width: int) -> dict[str, Any]:
+    """The fields of diffusers' config.json. Raises UserError if the config has what Wan has not."""
+    check_exportable(config)
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": list(config.patch_size),
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.hidden_size // config.num_heads,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": text_width,
+        "freq_dim": config.frequency_size,
+        "ffn_dim": config.ffn_size,
+        "num_layers": config.depth,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": EPSILON,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "rope_max_seq_len": MAX_POSITION,
+        "pos_embed_seq_len": None,
+    }
+
+
+def backbone_config(fields: Mapping[str, Any]) -> SpatioTemporalDiTConfig:
+    """The backbone that a diffusers config.json describes. Raises UserError where it is none of ours."""
+    heads, head_size = fields["num_attention_heads"], fields["attention_head_dim"]
+    config = SpatioTemporalDiTConfig(
+        hidden_size=heads * head_size,
+        depth=fields["num_layers"],
+        num_heads=heads,
+        ffn_size=fields["ffn_dim"],
+        patch_size=tuple(fields["patch_size"]),
+        frequency_size=fields["freq_dim"],
+    )
+    expected = diffusers_config(config, channels=fields["in_channels"], text_width=fields["text_dim"])
+    differing = [key for key, value in expected.items() if key in fields and fields[key] != value]
+    if differing:
+        got = ", ".join(f"{key}: {fields[key]!r} (expected {expected[key]!r})" for key in differing)
+        raise UserError(f"config.json describes a variant of Wan that the backbone does not have: {got}")
+    return config
+
+
+def check_exportable(config: SpatioTemporalDiTConfig) -> None:
+    """Raise UserError that names every key of the backbone that the Wan layout has no place for."""
+    needed = {"modulation": "shared", "attention": "full", "num_classes": None}
+    wrong = [
+        f"backbone.{key}: got {getattr(config, key)!r}, Wan needs {value!r}"
+        for key, value in needed.items()
+        if getattr(config, key) != value
+    ]
+    if wrong:
+        raise UserError("this backbone is not in the Wan layout: " + "; ".join(wrong))
+
+
+def channels_of(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> int:
+    """Latent channels of our weights `state`."""
+    return state[PATCH_WEIGHT].shape[1] // prod(config.patch_size)
+
+
+def _names(depth: int) -> dict[str, str]:
+    """Our name -> diffusers' name, of every tensor."""
+    modules = dict(_ENDS)
+    weights = {"final_layer.modulation.table": "scale_shift_table"}
+    for i in range(depth):
+        block = f"blocks.{i}."
+        modules |= {block + ours: block + theirs for ours, theirs in _BLOCK.items()}
+        weights[f"{block}modulation.table"] = f"{block}scale_shift_table"
+        for ours, theirs in _ATTENTION.items():
+            modules |= {f"{block}{ours}.{a}": f"{block}{theirs}.{b}" for a, b in _PROJECTIONS.items()}
+            weights |= {f"{block}{ours}.{a}.weight": f"{block}{theirs}.{b}.weight" for a, b in _NORMS.items()}
+    return weights | {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+
+
+def _check_names(state: Mapping[str, Tensor], expected: set[str], config: SpatioTemporalDiTConfig) -> None:
+    missing, unknown = sorted(expected - state.keys()), sorted(state.keys() - expected)
+    if missing or unknown:
+        raise UserError(
+            f"the weights do not fit backbone.depth: {config.depth} and its Wan layout: "
+            f"{len(missing)} tensors missing {missing[:3]}, {len(unknown)} not expected {unknown[:3]}"
+        )

@@ -1,0 +1,75 @@
+"""What a backbone costs, in closed form: parameters, and floating point operations of one forward pass over a pack.
+
+Letters: L tokens, P channels of a token, R conditioning rows, S text tokens, D width. A multiplication with its addition is two
+operations. Matrix products and attention are counted, elementwise work is not. A backward pass costs twice the forward.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from math import prod
+from typing import assert_never
+
+from data_pipelines.packed import Grid
+from dit.config import SpatioTemporalDiTConfig
+
+
+def parameters(config: SpatioTemporalDiTConfig, *, channels: int, text_width: int) -> int:
+    """Number of parameters of the backbone."""
+    d, p = config.hidden_size, channels * prod(config.patch_size)
+    attention = 4 * (d * d + d) + 2 * d
+    block = 2 * attention + 2 * d + (d * config.ffn_size + config.ffn_size) + (config.ffn_size * d + d)
+    total = config.depth * block + (p * d + d) + (text_width * d + d) + (d * d + d) + (d * p + p)
+    total += (config.frequency_size * d + d) + (d * d + d)
+    total += 0 if config.num_classes is None else (config.num_classes + 1) * d
+    match config.modulation:
+        case "shared":
+            return total + 6 * (d * d + d) + config.depth * 6 * d + 2 * d
+        case "per_block":
+            return total + (6 * config.depth + 2) * (d * d + d)
+        case _:
+            assert_never(config.modulation)
+
+
+def forward_flops(
+    config: SpatioTemporalDiTConfig,
+    grids: Sequence[Grid],
+    text_lengths: Sequence[int],
+    *,
+    channels: int,
+    text_width: int,
+    rows: int | None = None,
+) -> int:
+    """Floating point operations of one forward pass over samples of `grids` (t, h, w in tokens) and `text_lengths`.
+
+    rows: conditioning rows, None for one a sample.
+    """
+    d, p = config.hidden_size, channels * prod(config.patch_size)
+    lengths = [prod(grid) for grid in grids]
+    tokens, text, rows = sum(lengths), sum(text_lengths), len(grids) if rows is None else rows
+    ends = tokens * 2 * p * d + text * (text_width * d + d * d) + rows * (config.frequency_size * d + d * d)
+    projections = config.depth * (tokens * (6 * d * d + 2 * d * config.ffn_size) + text * 2 * d * d)
+    modulation = rows * d * d * (6 if config.modulation == "shared" else 6 * config.depth + 2)
+    pairs = sum(sum(_attended_pairs(config, i, grid) for grid in grids) for i in range(config.depth))
+    pairs += config.depth * sum(q * k for q, k in zip(lengths, text_lengths, strict=True))
+    return 2 * (ends + projections + modulation) + 4 * d * pairs
+
+
+def _attended_pairs(config: SpatioTemporalDiTConfig, block: int, grid: Grid) -> int:
+    """Pairs of tokens that see each other in the self-attention of block number `block`."""
+    t, h, w = grid
+    match config.attention:
+        case "full":
+            return prod(grid) ** 2
+        case "factorised":
+            return t * (h * w) ** 2 if block % 2 == 0 else h * w * t**2
+        case "windowed":  # windows are products of intervals, so the sum of squares factorises
+            return prod(sum(part**2 for part in _intervals(size, window, block % 2 == 1)) for size, window in zip(grid, config.window))
+        case _:
+            assert_never(config.attention)
+
+
+def _intervals(size: int, window: int, shifted: bool) -> Iterator[int]:
+    """Lengths of the windows of one axis."""
+    start = window - window // 2 if shifted and size > window else window
+    borders = [0, *range(start, size, window), size]
+    return (end - begin for begin, end in pairwise(borders))

@@ -1,0 +1,156 @@
+"""The process group: who this process is, on which device, and the few collectives that the system uses.
+
+Must not know what is trained. Everything answers for a single process as well, also when `init` was never called.
+"""
+
+import json
+import logging
+import os
+import re
+import socket
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def init() -> None:
+    """Join the process group that torchrun, the deepspeed launcher or srun describe in the environment, or make one of a single process.
+
+    NCCL on CUDA, gloo on the CPU. Does nothing when the group exists.
+    """
+    if dist.is_initialized():
+        return
+    _describe_processes()
+    _set_threads()
+    on_cuda = torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(device())
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = _import_deepspeed(on_cuda)
+    backend = "nccl" if on_cuda else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+
+
+def rank() -> int:
+    """Number of this process among all."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum `tensor` over all processes, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    all_reduce_sum(torch.zeros(1, device=device())).cpu()
+
+
+def gather_json(value: object) -> list[Any]:
+    """What every process says, as JSON, in the order of ranks; the same list everywhere."""
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(encoded)], device=device()))
+    longest = max(int(length) for length in lengths)
+    padded = torch.nn.functional.pad(encoded, (0, longest - len(encoded)))
+    texts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(texts, padded)
+    return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's generators start from `seed`, so that every process builds the same weights; after, they are as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def shutdown() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _describe_processes() -> None:
+    """Fill RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from whatever launcher there is."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = {"LOCAL_RANK": env["RANK"], "LOCAL_WORLD_SIZE": env.get("LOCAL_SIZE", env["WORLD_SIZE"])}
+    elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # SLURM_NTASKS is also set in a batch script that runs a single process
+        found = _from_slurm(env["SLURM_STEP_NODELIST"], env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])
+    else:
+        found = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        found["MASTER_PORT"] = str(_free_port())
+    for name, value in found.items():
+        env.setdefault(name, value)
+
+
+def _from_slurm(nodes: str, job: str, step: str) -> dict[str, str]:
+    env = os.environ
+    return {
+        "RANK": env["SLURM_PROCID"],
+        "LOCAL_RANK": env["SLURM_LOCALID"],
+        "WORLD_SIZE": env["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": re.split(r"[(,]", env["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "MASTER_ADDR": first_node(nodes),
+        "MASTER_PORT": str(20_000 + (int(job) * 31 + int(step)) % 10_000),
+    }
+
+
+def first_node(nodes: str) -> str:
+    """First name of a Slurm node list such as `gpu[03-07,12],login1`."""
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\])?([^\[,]*)", nodes)
+    assert match, f"no node in {nodes!r}"
+    return "".join(part or "" for part in match.groups())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _set_threads() -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+
+
+def _import_deepspeed(on_cuda: bool) -> Any:
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # the import sets its own level
+    if not on_cuda:
+        # On the CPU DeepSpeed compiles a C++ extension when the group starts: minutes, and for ever behind a stale lock file.
+        # It asks this table first; a table without any op keeps it from compiling, and from probing the compiler as well.
+        deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    return deepspeed

@@ -1,0 +1,74 @@
+"""`dit sample`: prompts to images or videos, with the weights and the sampler of one or more runs."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data_pipelines.errors import UserError
+from data_pipelines.progress import track
+from data_pipelines.video import write_mp4
+from dit.config import Contestant, SampleRun
+from dit.drawing import draw, sample_keys
+from dit.evaluation.pictures import contact_sheet, write_video_grid
+from dit.runs import Encoders, TrainedRun
+from dit.runtime import distributed
+
+FPS = 8.0
+
+
+def main(run: SampleRun) -> int:
+    """Draw every prompt with every contestant; write one file each, a contact sheet and (for videos) a grid that plays."""
+    if run.labels is not None and len(run.labels) != len(run.prompts):
+        raise UserError(f"labels has {len(run.labels)} entries and prompts has {len(run.prompts)}: give one label for each prompt")
+    folder = Path(run.out)
+    drawn = [_draw(run, contestant, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
+    for name, videos in drawn:
+        _write_files(videos, folder / name.replace(" ", "_"))
+    names = [f"{name}: {prompt}" if len(drawn) > 1 else prompt for prompt in run.prompts for name, _ in drawn]
+    beside = torch.stack([videos for _, videos in drawn], dim=1).flatten(0, 1)  # (prompts * contestants, T, H, W, 3)
+    contact_sheet(beside, names, folder / "contact_sheet.png", frames=6 if len(drawn) > 1 else 5)
+    if run.size[0] > 1:
+        rows = torch.cat([videos for _, videos in drawn])  # a row of the grid for each contestant
+        columns = len(run.prompts) if len(drawn) > 1 else None
+        write_video_grid(rows, folder / "grid.gif", fps=FPS, columns=columns)
+        write_video_grid(rows, folder / "grid.mp4", fps=FPS, columns=columns)
+    (folder / "prompts.json").write_text(json.dumps(run.prompts, indent=1) + "\n")
+    print(f"wrote {len(beside)} {'videos' if run.size[0] > 1 else 'images'} and contact_sheet.png to {folder}")
+    return 0
+
+
+def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor]:
+    """A name for the contestant and its videos (B, T, H, W, 3) uint8."""
+    trained = TrainedRun.open(contestant.run, key)
+    classes = trained.base.backbone.num_classes
+    if classes and run.labels is None:
+        raise UserError(f"{contestant.run} is class-conditional ({classes} classes): give `labels`, one for each prompt")
+    if run.labels and (classes is None or max(run.labels) >= classes):
+        raise UserError(f"labels has {max(run.labels)}, and {contestant.run} knows {classes or 'no'} classes (backbone.num_classes)")
+    device = distributed.device()
+    encoders = Encoders.load(trained.base.encoders, device)
+    backbone = trained.backbone(encoders, contestant.step, run.weights, device)
+    sampling = trained.sampling_for(contestant)
+    print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}")
+    keys = sample_keys(run.seed, len(run.prompts))
+    parts = [slice(first, first + run.batch_size) for first in range(0, len(run.prompts), run.batch_size)]
+    labels = run.labels
+    videos = [
+        draw(backbone, encoders, trained.base, run.prompts[p], labels and labels[p], run.size, sampling, keys[p])
+        for p in track(parts, f"sampling {trained.path.name}")
+    ]
+    return f"{trained.path.name} {sampling.steps} steps", torch.cat(videos)
+
+
+def _write_files(videos: Tensor, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    enlarge = max(1, 256 // videos.shape[3])  # small clips are enlarged: chroma subsampling would blur them
+    for index, video in enumerate(videos):
+        if len(video) > 1:
+            large = video.numpy().repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+            write_mp4(folder / f"{index:04d}.mp4", large, FPS, lossless=False)
+        else:
+            Image.fromarray(video[0].numpy()).save(folder / f"{index:04d}.png")

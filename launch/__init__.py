@@ -1,0 +1,1 @@
+"""Launching runs on one machine or many. Torch-free: login nodes have no GPU stack."""

@@ -1,0 +1,156 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from torch import Tensor
+
+from data_pipelines.packed import Conditioning, pack_conditioning
+from dit.config.objective import SamplingConfig
+from dit.diffusion import consistency, euler, heun, sample, schedule
+from dit.diffusion.draws import noise_tokens
+from tests.dit.diffusion.gaussian_mixture import GaussianMixture, points
+
+MIXTURE = GaussianMixture(
+    torch.tensor([[1.2, 0.3], [-0.8, 0.9], [-0.2, -1.2]]), torch.tensor([0.25, 0.15, 0.3]), torch.tensor([0.3, 0.3, 0.4])
+)
+MEAN = torch.tensor([0.3, -0.7, 0.2], dtype=torch.float64)
+FACTOR = torch.tensor([[0.9, 0.0, 0.0], [0.4, 0.5, 0.0], [-0.3, 0.2, 1.4]], dtype=torch.float64)
+COVARIANCE = FACTOR @ FACTOR.T
+
+
+def gaussian_velocity(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """Exact velocity for data N(MEAN, COVARIANCE): (x_t - E[latents | x_t]) / t."""
+    level = float(t[0])
+    total = (1 - level) ** 2 * COVARIANCE + level**2 * torch.eye(3, dtype=torch.float64)
+    latents = MEAN + (1 - level) * (x_t - (1 - level) * MEAN) @ torch.linalg.solve(total, COVARIANCE)
+    return (x_t - latents) / level
+
+
+def gaussian_flow_map(noise: Tensor) -> Tensor:
+    """Where the flow takes noise: MEAN + COVARIANCE^(1/2) noise, with the symmetric root."""
+    values, vectors = torch.linalg.eigh(COVARIANCE)
+    return MEAN + noise @ (vectors * values.sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1.0), (heun, 2.0)])
+def test_order_of_convergence(sampler: Callable[..., Tensor], order: float) -> None:
+    noise = torch.randn(200, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth = gaussian_flow_map(noise)
+    errors = [
+        float((sampler(gaussian_velocity, noise, schedule(steps, 1.0), points(200)) - truth).norm(dim=1).median())
+        for steps in (40, 80, 160)
+    ]
+    slopes = torch.tensor(errors).log2().diff().neg()
+    assert slopes.tolist() == pytest.approx([order] * 2, abs=0.1)
+    assert errors[-1] < 0.02
+
+
+def trajectory_of(sampler: Callable[..., Tensor], noise: Tensor, times: Tensor) -> list[Tensor]:
+    states: list[Tensor] = []
+    sampler(MIXTURE, noise, times, points(len(noise)), on_step=lambda step, x: states.append(x))
+    return states
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+def test_euler_walks_as_diffusers_given_our_levels(shift: float) -> None:
+    noise, times, cond = torch.randn(50, 2), schedule(12, shift), points(50)
+    peer = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    peer.set_timesteps(sigmas=times[:-1].tolist())
+    x, walked = noise, []
+    for timestep in peer.timesteps:
+        velocity = MIXTURE(x, torch.full((50,), float(timestep) / 1000), cond)
+        x = peer.step(velocity, timestep, x).prev_sample
+        walked.append(x)
+    for ours, theirs in zip(trajectory_of(euler, noise, times), walked, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_heun_walks_as_diffusers_on_their_levels() -> None:
+    noise, cond = torch.randn(50, 2), points(50)
+    peer = FlowMatchHeunDiscreteScheduler(shift=2.0)
+    peer.set_timesteps(10)
+    times = torch.cat([peer.sigmas[:1], peer.sigmas[1:-1:2], peer.sigmas[-1:]])  # they list inner levels twice
+    x = noise
+    for timestep in peer.timesteps:
+        x = peer.step(MIXTURE(x, torch.full((50,), float(timestep) / 1000), cond), timestep, x).prev_sample
+    torch.testing.assert_close(heun(MIXTURE, noise, times.double(), cond), x, atol=1e-5, rtol=0)
+
+
+def test_heun_takes_two_calls_a_step_but_one_onto_the_data() -> None:
+    levels: list[float] = []
+
+    def record(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        levels.append(float(t[0]))
+        return x_t
+
+    heun(record, torch.randn(3, 2), schedule(3, 1.0), points(3))
+    assert levels == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])
+
+
+def exact_student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """Velocity of the exact consistency function of data N(0.5, 0.3^2): f = 0.5 + 0.3 (x_t - (1-t) 0.5) / std(x_t)."""
+    level = cond.per_token(t)[:, None]
+    std = ((1 - level) ** 2 * 0.09 + level**2).sqrt()
+    return (x_t - 0.5 - 0.3 * (x_t - (1 - level) * 0.5) / std) / level
+
+
+def test_one_consistency_step_is_the_flow_map_and_more_keep_the_distribution() -> None:
+    count = 4000
+    cond, keys = points(count), list(range(count))
+    noise = noise_tokens(keys, cond.lengths, 2, "start noise")
+    torch.testing.assert_close(consistency(exact_student, noise, schedule(1, 1.0), cond, keys), 0.5 + 0.3 * noise, atol=1e-6, rtol=0)
+    latents = consistency(exact_student, noise, schedule(3, 1.0), cond, keys)
+    assert float(latents.mean()) == pytest.approx(0.5, abs=4 * 0.3 / (2 * count) ** 0.5)
+    assert float(latents.std()) == pytest.approx(0.3, rel=4 / (4 * count) ** 0.5)
+    assert abs(float(torch.corrcoef(torch.stack([latents.flatten(), noise.flatten()]))[0, 1])) < 0.9  # noise was fresh
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "consistency"])
+def test_a_sample_depends_on_its_own_key_only(sampler: str) -> None:
+    grids, keys = [(1, 2, 1), (1, 1, 1), (2, 2, 1)], [11, 12, 13]
+    sampling = SamplingConfig.model_validate({"sampler": sampler, "steps": 3})
+    cond = pack_conditioning(grids, [torch.zeros(1, 4)] * 3)
+    together = sample(MIXTURE, cond, keys, 2, sampling, 1.0).split(cond.lengths)
+    for grid, key, expected in zip(grids, keys, together, strict=True):
+        alone = sample(MIXTURE, pack_conditioning([grid], [torch.zeros(1, 4)]), [key], 2, sampling, 1.0)
+        torch.testing.assert_close(alone, expected, atol=1e-6, rtol=0)
+    assert not torch.equal(sample(MIXTURE, cond, [21, 22, 23], 2, sampling, 1.0), torch.cat(together))
+
+
+def test_samplers_differ_and_the_shift_of_the_config_wins() -> None:
+    cond, keys = points(5), [1, 2, 3, 4, 5]
+
+    def draw(sampler: str, shift: float | None, default_shift: float) -> Tensor:
+        sampling = SamplingConfig.model_validate({"sampler": sampler, "steps": 4, "shift": shift})
+        return sample(MIXTURE, cond, keys, 2, sampling, default_shift)
+
+    assert torch.equal(draw("euler", 3.0, 1.0), draw("euler", None, 3.0))
+    assert torch.equal(draw("euler", 3.0, 1.0), draw("euler", 3.0, 9.0))
+    assert not torch.equal(draw("euler", None, 1.0), draw("euler", None, 3.0))
+    noise = noise_tokens(keys, cond.lengths, 2, "start noise")
+    assert torch.equal(draw("euler", None, 1.0), euler(MIXTURE, noise, schedule(4, 1.0), cond))
+    assert torch.equal(draw("heun", None, 1.0), heun(MIXTURE, noise, schedule(4, 1.0), cond))
+    assert torch.equal(draw("consistency", None, 1.0), consistency(MIXTURE, noise, schedule(4, 1.0), cond, keys))
+
+
+def test_every_row_of_a_sample_gets_its_level() -> None:
+    cond = replace(points(2), rows=torch.tensor([0, 1]))
+    cond = replace(cond, grids=((1, 2, 1),), text=cond.text[:1], text_lengths=(1,))  # one sample of two tokens at two rows
+    seen: list[int] = []
+
+    def record(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        seen.append(len(t))
+        return cond.per_token(t)[:, None].expand_as(x_t)
+
+    noise = torch.zeros(2, 3)
+    torch.testing.assert_close(euler(record, noise, schedule(4, 1.0), cond), noise - 0.625)  # the left Riemann sum of t
+    assert seen == [2] * 4
+
+
+def test_euler_follows_the_flow_to_the_components_of_the_data() -> None:
+    cond, keys = points(500), list(range(500))
+    latents = sample(MIXTURE, cond, keys, 2, SamplingConfig(steps=40), 1.0)
+    distance = (torch.cdist(latents, MIXTURE.means) / MIXTURE.stds).min(1).values
+    assert float((distance < 3.5).float().mean()) > 0.98

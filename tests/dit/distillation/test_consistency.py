@@ -1,0 +1,177 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipelines.packed import Conditioning
+from dit.config.distillation import ConsistencyConfig
+from dit.config.objective import Guidance, LogitNormalTimes, TokenShift, UniformTimes
+from dit.diffusion import euler, heun, sample, schedule
+from dit.diffusion.draws import noise_tokens
+from dit.diffusion.objectives import noised
+from dit.diffusion.paths import latents_of
+from dit.diffusion.times import draw
+from dit.distillation import ConsistencyDistillation, build_distillation, build_student_sampling
+from dit.distillation.consistency import relative_gap
+from tests.dit.diffusion.gaussian_mixture import GaussianMixture, pack_of_points, points
+
+GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -0.2]]), torch.tensor([0.3]), torch.tensor([1.0]))
+MIXTURE = GaussianMixture(
+    torch.tensor([[1.2, 0.3], [-0.8, 0.9], [-0.2, -1.2]]), torch.tensor([0.25, 0.15, 0.3]), torch.tensor([0.3, 0.3, 0.4])
+)
+
+
+def config(**options: object) -> ConsistencyConfig:
+    return ConsistencyConfig.model_validate({"guidance": {"s": 1.0}, **options})
+
+
+def exact_student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """Velocity (x_t - f) / t of GAUSSIAN's exact consistency function f = mean + 0.3 (x_t - (1-t) mean) / std(x_t)."""
+    level, mean = cond.per_token(t)[:, None], GAUSSIAN.means[0].to(x_t)
+    std = ((1 - level) ** 2 * 0.09 + level**2).sqrt()
+    return (x_t - mean - 0.3 * (x_t - (1 - level) * mean) / std) / level
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_the_exact_consistency_function_has_no_loss(progress: float) -> None:
+    objective = ConsistencyDistillation(config(solver_steps=16), GAUSSIAN, None)
+    batch = pack_of_points(GAUSSIAN.draw(500, 1), 0)
+    exact = float(objective(exact_student, batch, progress).per_sample.mean())
+    teacher = float(objective(GAUSSIAN, batch, progress).per_sample.mean())
+    flipped = float(objective(lambda *args: -exact_student(*args), batch, progress).per_sample.mean())
+    assert exact < 1e-6
+    assert teacher > 100 * exact + 1e-4
+    assert flipped > 1e-2
+
+
+@pytest.mark.parametrize(("solver", "integrate"), [("euler", euler), ("heun", heun)])
+def test_the_target_is_the_students_own_jump_from_where_the_teacher_leads(solver: str, integrate: object) -> None:
+    settings = config(solver=solver, solver_steps=2, stages=1)
+    batch = pack_of_points(MIXTURE.draw(1, 3), 42)
+    levels = draw(settings.times, None, batch.keys, batch.cond.lengths)
+    x_t, _, t = noised(batch, levels)
+
+    def student(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return x.sin() + cond.per_token(t)[:, None]
+
+    assert callable(integrate)
+    x_r = integrate(MIXTURE, x_t, torch.tensor([float(t), 0.75 * float(t), 0.5 * float(t)]), batch.cond)
+    f_t, f_r = (latents_of(x, student(x, time, batch.cond), time[:, None]) for x, time in ((x_t, t), (x_r, t / 2)))
+    expected = ((f_t - f_r) / t).square().mean()
+    got = ConsistencyDistillation(settings, MIXTURE, None)(student, batch, 0.0)
+    assert float(got.per_sample) == pytest.approx(float(expected), rel=1e-4)
+    assert float(got.t) == float(t)
+
+
+def test_nothing_blows_up_next_to_the_data() -> None:
+    settings = config(times=LogitNormalTimes(mean=-16.0, std=0.5))
+    batch = pack_of_points(GAUSSIAN.draw(200, 1), 0)
+    losses = ConsistencyDistillation(settings, GAUSSIAN, None)(exact_student, batch, 0.0)
+    assert float(losses.t.max()) < 1e-5
+    assert torch.isfinite(losses.per_sample).all()
+    velocity = GAUSSIAN(batch.tokens, torch.full((200,), 1e-6), batch.cond)
+    near = ConsistencyDistillation(settings, GAUSSIAN, None)(lambda *args: velocity, batch, 0.0)
+    assert float(near.per_sample.max()) < 1e-3  # f(x, 0) = x: there the student is the teacher
+
+
+def test_only_the_students_answer_at_t_has_a_gradient() -> None:
+    calls: dict[str, list[bool]] = {"teacher": [], "student": []}
+    weight = torch.tensor(0.7, requires_grad=True)
+
+    def teacher(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        calls["teacher"].append(torch.is_grad_enabled())
+        return MIXTURE(x_t, t, cond)
+
+    def student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        calls["student"].append(torch.is_grad_enabled())
+        return weight * x_t
+
+    batch = pack_of_points(MIXTURE.draw(50, 2), 5)
+    settings = config(solver_steps=2)
+    loss = ConsistencyDistillation(settings, teacher, None)(student, batch, 0.0).per_sample.sum()
+    loss.backward()
+    assert calls == {"teacher": [False] * 4, "student": [False, True]}
+
+    def moved(step: float) -> float:
+        """The loss when the weight moves at t alone, the target staying as it is."""
+        answers = iter([0.7, 0.7 + step])
+        losses = ConsistencyDistillation(settings, MIXTURE, None)(lambda x, t, cond: next(answers) * x, batch, 0.0)
+        return float(losses.per_sample.double().sum())
+
+    assert weight.grad is not None
+    assert float(weight.grad) == pytest.approx((moved(1e-2) - moved(-1e-2)) / 2e-2, rel=1e-3)
+
+
+def test_gap_halves_from_stage_to_stage() -> None:
+    settings = config(stages=4, q=2.0)
+    assert [relative_gap(settings, p) for p in (0.0, 0.24, 0.25, 0.5, 0.99, 1.0)] == [1 / 2, 1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16]
+    assert relative_gap(config(stages=1, q=8.0), 0.7) == 1 / 8
+
+
+def test_pseudo_huber_is_the_published_distance() -> None:
+    batch = pack_of_points(MIXTURE.draw(50, 2), 5)
+    squared = ConsistencyDistillation(config(), MIXTURE, None)(MIXTURE, batch, 0.5).per_sample
+    huber = ConsistencyDistillation(config(huber=0.1), MIXTURE, None)(MIXTURE, batch, 0.5).per_sample
+    # Song & Dhariwal 2023: sqrt(|e|^2 + c^2) - c with c = 0.1 sqrt(D), here divided by sqrt(D), D = 2
+    expected = ((2 * squared + 0.02).sqrt() - 0.02**0.5) / 2**0.5
+    torch.testing.assert_close(huber, expected)
+
+
+def text_teacher(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """A constant velocity: the mean of the text."""
+    text = torch.stack([part.mean() for part in cond.text.split(cond.text_lengths)])
+    return cond.per_token(text)[:, None].expand_as(x_t)
+
+
+def test_guidance_is_baked_in_and_captions_are_never_dropped() -> None:
+    settings = config(guidance={"w": 2.0}, stages=1)
+    objective = build_distillation(settings, text_teacher, torch.full((1, 4), 0.5), None, None)
+    batch = pack_of_points(torch.zeros(300, 2), 0)  # their text is zero: guided velocity 0.5 + 3 (0 - 0.5) = -1
+
+    def constant(value: float) -> Tensor:
+        return objective(lambda x_t, t, cond: torch.full_like(x_t, value), batch, 0.0).per_sample
+
+    assert float(constant(-1.0).abs().max()) < 1e-10
+    torch.testing.assert_close(constant(0.0), torch.full((300,), 0.25))  # half of the gap of 1, squared
+    assert build_student_sampling(settings).guidance.scale == 1.0
+
+
+def test_student_is_sampled_in_its_own_steps() -> None:
+    sampling = build_student_sampling(config(student_steps=2))
+    assert (sampling.sampler, sampling.steps, sampling.guidance) == ("consistency", 2, Guidance(s=1.0))
+
+
+def test_times_are_shifted_as_the_teachers() -> None:
+    batch = pack_of_points(torch.zeros(4, 2), 0)
+    plain = ConsistencyDistillation(config(), MIXTURE, None)(MIXTURE, batch, 0.0).t
+    shifted = ConsistencyDistillation(config(), MIXTURE, TokenShift(base_tokens=4))(MIXTURE, batch, 0.0).t
+    torch.testing.assert_close(shifted, 0.5 * plain / (1 - 0.5 * plain))
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(10, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        angles = cond.per_token(t)[:, None] * torch.tensor([0.5, 1.0, 2.0, 4.0])
+        return self.layers(torch.cat([x_t, angles.cos(), angles.sin()], 1))
+
+
+def test_a_student_learns_to_jump_where_the_teacher_walks() -> None:
+    torch.manual_seed(0)
+    student, steps, count = Student(), 600, 128
+    objective = ConsistencyDistillation(config(times=UniformTimes(name="uniform"), stages=3), MIXTURE, None)
+    optimizer = torch.optim.Adam(student.parameters(), 4e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1.0, 2 - 2 * step / steps)
+        losses = objective(student, pack_of_points(MIXTURE.draw(count, step), count * step), step / steps)
+        optimizer.zero_grad()
+        losses.per_sample.mean().backward()
+        optimizer.step()
+    keys, cond = list(range(10**9, 10**9 + 1000)), points(1000)
+    noise = noise_tokens(keys, cond.lengths, 2, "start noise")
+    truth = heun(MIXTURE, noise, schedule(60, 1.0), cond)
+    sampling = build_student_sampling(config(student_steps=1))
+    error = float((sample(student, cond, keys, 2, sampling, 1.0) - truth).square().mean().sqrt())
+    teacher_error = float((euler(MIXTURE, noise, schedule(1, 1.0), cond) - truth).square().mean().sqrt())
+    assert error < 0.25 * teacher_error
