@@ -13,6 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from data_pipelines.errors import UserError
+
 Grid = tuple[int, int, int]
 
 
@@ -108,7 +110,7 @@ def pack_conditioning(grids: Sequence[Grid], texts: Sequence[Tensor], labels: Te
 
 
 def patchify(latents: Tensor, patch: Grid) -> Tensor:
-    """(C, T, H, W) -> (t*h*w, pt*ph*pw*C). Raises ValueError if an axis is no multiple of the patch."""
+    """(C, T, H, W) -> (t*h*w, pt*ph*pw*C). Raises UserError if an axis is no multiple of the patch."""
     check_patch(tuple(latents.shape[1:]), patch)
     pt, ph, pw = patch
     return rearrange(latents, "c (t pt) (h ph) (w pw) -> (t h w) (pt ph pw c)", pt=pt, ph=ph, pw=pw)
@@ -126,10 +128,13 @@ def unpack(tokens: Tensor, cond: Conditioning, patch: Grid) -> list[Tensor]:
 
 
 def check_patch(size: tuple[int, ...], patch: Grid) -> Grid:
-    """The token grid of latents of `size` (T, H, W). Raises ValueError that names the axis which does not divide."""
+    """The token grid of latents of `size` (T, H, W). Raises UserError that names the axis which does not divide."""
     for axis, have, part in zip("THW", size, patch, strict=True):
         if have % part:
-            raise ValueError(f"latents of {size} do not divide into patches of {patch}: axis {axis} has {have} % {part} = {have % part}")
+            raise UserError(
+                f"latents of {size} do not divide into patches of {patch}: axis {axis} has {have} % {part} = {have % part}. "
+                "Change the size in `sizes`, or backbone.patch_size"
+            )
     t, h, w = (have // part for have, part in zip(size, patch, strict=True))
     return t, h, w
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from data_pipelines.errors import DataBudgetExceeded, UserError
-from data_pipelines.index import Entry, index_path
+from data_pipelines.index import Entry, index_path, read_index
 from data_pipelines.plan import PlannedSample
 from data_pipelines.progress import Progress
 from data_pipelines.raw import RawSample, read_sample
@@ -25,6 +25,9 @@ from dit.encoders.prepare import encode_samples
 from dit.runs import Encoders
 from dit.runtime import distributed
 from dit.stream import CACHE_FILE
+
+DONE_FILE = "manifest.json"
+"""Written last: how much the cache holds."""
 
 
 def main(run: EncodeRun) -> int:
@@ -58,6 +61,10 @@ def main(run: EncodeRun) -> int:
     if bad:
         print(f"left out {len(bad)} samples in all; the index of each shard names them")
     distributed.barrier()
+    if distributed.rank() == 0:
+        indexes = [read_index(index_path(str(out / shard_name(number)))) for number in range(len(shards))]
+        summary = {"shards": len(indexes), "samples": sum(len(index.entries) for index in indexes)}
+        (out / DONE_FILE).write_text(json.dumps(summary | {"left_out": sum(len(index.problems) for index in indexes)}) + "\n")
     return 0
 
 

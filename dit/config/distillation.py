@@ -37,5 +37,3 @@ class TeacherConfig(Section):
     step: PositiveInt | None = None
     """Which checkpoint; None for the newest valid one."""
     weights: Literal["ema", "model"] = "ema"
-
-

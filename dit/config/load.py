@@ -251,4 +251,3 @@ def _doc(root: type[BaseModel], location: Location) -> str:
         if field and field.description:
             return f" ({' '.join(field.description.split())})"
     return ""
-
