@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,9 @@ def _dispatch(arguments: list[str]) -> int:
         return int(importlib.import_module("dit.demo").main(arguments[1:]) or 0)
     options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
     verb = VERBS[options.verb]
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for package in ("dit", "data_pipelines"):
+        logging.getLogger(package).setLevel(logging.INFO)
     config = importlib.import_module("dit.config")
     run = importlib.import_module("dit.config.load").load_run(getattr(config, verb.root), options.config, options.overrides)
     if options.check:

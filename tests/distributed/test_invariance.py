@@ -1,0 +1,57 @@
+"""One run is the same whatever it runs on: number of processes, accumulation, loader workers and ZeRO stage change no sample and no draw."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Forks, metrics, train_config
+
+FLOAT32_SUMS = 1e-5
+"""Relative difference of losses and gradient norms: in float32, sums over packs in another order differ by some 1e-7 in each of
+the steps, and Adam's first steps, whose size does not depend on the gradient's, carry that into the weights."""
+SHAPES = {
+    "1 process, 4 packs each": (1, {}),
+    "2 processes, 2 packs each": (2, {}),
+    "4 processes, 1 pack each": (4, {}),
+    "1 loader worker": (1, {"data__num_workers": 1}),
+    "2 loader workers": (1, {"data__num_workers": 2}),
+    "2 processes with 1 loader worker each": (2, {"data__num_workers": 1}),
+    "ZeRO stage 2": (1, {"engine": {"zero_stage": 2}}),
+    "ZeRO stage 2, 2 processes": (2, {"engine": {"zero_stage": 2}}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(forks: Forks, tmp_path_factory: pytest.TempPathFactory, latents: Path) -> dict[str, list[dict[str, float]]]:
+    """The metrics of each shape of the same run."""
+    folder, found = tmp_path_factory.mktemp("invariance"), {}
+    for number, (name, (ranks, changes)) in enumerate(SHAPES.items()):
+        config = train_config(folder / f"{number}.yaml", latents, train__save_every_steps=100, **changes)
+        forks.run("train", str(config), ranks=ranks).ok()
+        found[name] = metrics(config.with_suffix(""))
+    return found
+
+
+@pytest.mark.parametrize("name", list(SHAPES)[1:])
+def test_the_same_samples_and_noise_at_every_step(runs: dict[str, list[dict[str, float]]], name: str) -> None:
+    reference, other = runs[next(iter(SHAPES))], runs[name]
+    assert len(reference) == 6
+    assert [line["ids_hash"] for line in other] == [line["ids_hash"] for line in reference]
+    for key in ("loss", "grad_norm"):  # another noise, time or dropped caption would change these in the second digit
+        assert [line[key] for line in other] == pytest.approx([line[key] for line in reference], rel=FLOAT32_SUMS)
+
+
+def test_workers_change_nothing_at_all(runs: dict[str, list[dict[str, float]]]) -> None:
+    assert runs["1 loader worker"] == runs["2 loader workers"] == runs["1 process, 4 packs each"]
+
+
+def test_steps_differ_from_each_other(runs: dict[str, list[dict[str, float]]]) -> None:
+    lines = runs["1 process, 4 packs each"]
+    assert len({line["ids_hash"] for line in lines}) == len({line["loss"] for line in lines}) == 6
+
+
+def test_another_seed_is_another_run(forks: Forks, runs: dict[str, list[dict[str, float]]], tmp_path: Path, latents: Path) -> None:
+    config = train_config(tmp_path / "seed.yaml", latents, train__seed=4)
+    forks.run("train", str(config)).ok()
+    pairs = zip(metrics(tmp_path / "seed"), runs["1 process, 4 packs each"], strict=True)
+    assert all(a["ids_hash"] != b["ids_hash"] and a["loss"] != pytest.approx(b["loss"], rel=1e-3) for a, b in pairs)

@@ -1,0 +1,78 @@
+"""`train N` is `train k, kill -9, the same command again`, bit for bit: losses, sample ids, weights, averages and moments."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.processes import Forks, distill_config, metrics, torchrun, train_config, wait_for
+
+STEPS = 16
+SAVE_EVERY = 3
+LENGTH = {"train__samples": 16 * STEPS, "train__save_every_steps": SAVE_EVERY}
+
+
+def final_tensors(run: Path) -> dict[str, Tensor]:
+    """Everything in the files of the last checkpoint."""
+    files = sorted((run / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors"))
+    assert files, f"{run} did not save step {STEPS}"
+    return {f"{file.name}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_run(resumed: Path, reference: Path) -> None:
+    assert len(metrics(reference)) == STEPS
+    assert metrics(resumed) == metrics(reference)
+    expected, found = final_tensors(reference), final_tensors(resumed)
+    assert {name.split("/")[1] for name in expected} == {"model", "ema", "exp_avg", "exp_avg_sq"}
+    assert found.keys() == expected.keys()
+    different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+    assert different == []
+
+
+def kill_at_random(run: Path, kill: Callable[[], None]) -> None:
+    """Kill at some moment between the first checkpoint and the last steps."""
+    target = random.randrange(SAVE_EVERY + 1, STEPS - 4)
+    wait_for(lambda: any((run / "checkpoints").glob("step-*")) and len(metrics(run)) >= target)
+    kill()
+    assert len(metrics(run)) < STEPS, "the run was over before the kill: raise STEPS"
+
+
+def killed_and_resumed(forks: Forks, verb: str, config: Path, ranks: int) -> None:
+    process = forks.start(verb, str(config), ranks=ranks)
+    kill_at_random(config.with_suffix(""), lambda: process.send(signal.SIGKILL))
+    wait_for(lambda: process.poll() == -signal.SIGKILL)
+    forks.run(verb, str(config), ranks=ranks).ok()
+
+
+def test_training_in_one_process(forks: Forks, tmp_path: Path, latents: Path) -> None:
+    changes = {**LENGTH, "data__num_workers": 1}
+    whole, cut = (train_config(tmp_path / f"{name}.yaml", latents, **changes) for name in ("whole", "cut"))
+    forks.run("train", str(whole)).ok()
+    killed_and_resumed(forks, "train", cut, 1)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_training_under_torchrun(tmp_path: Path, latents: Path) -> None:
+    whole, cut = (train_config(tmp_path / f"{name}.yaml", latents, engine={"zero_stage": 2}, **LENGTH) for name in ("whole", "cut"))
+    launches = [torchrun("train", str(config)) for config in (whole, cut)]
+    kill_at_random(tmp_path / "cut", lambda: os.killpg(launches[1].pid, signal.SIGKILL))
+    finished = [launches[0], torchrun("train", str(cut))]
+    launches[1].communicate()
+    for process in finished:
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err.decode()[-6000:]
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int) -> None:
+    whole, cut = (distill_config(tmp_path / f"{name}.yaml", teacher, **LENGTH) for name in ("whole", "cut"))
+    forks.run("distill", str(whole), ranks=ranks).ok()
+    killed_and_resumed(forks, "distill", cut, ranks)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
