@@ -32,7 +32,7 @@ VERBS = {
     "sample": Verb(
         "SampleRun",
         "draw images or videos for prompts from a run",
-        "dit sample configs/sample/demo.yaml 'prompts=[a small red disc moving left slowly near the top]'",
+        "dit sample configs/demo/sample.yaml 'prompts=[a small red disc moving left slowly near the top]'",
     ),
     "evaluate": Verb(
         "EvaluateRun", "measure caption adherence of runs on moving shapes", "dit evaluate configs/demo/evaluate.yaml samples=64"

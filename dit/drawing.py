@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipelines.errors import UserError
 from data_pipelines.packed import check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from dit.config import TrainRun
@@ -29,7 +30,7 @@ def draw(
 ) -> Tensor:
     """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each."""
     patch = base.backbone.patch_size
-    grid = check_patch(encoders.latents.latent_size(size), patch)
+    grid = check_patch(encoders.latent_size(size, "size"), patch)
     device = encoders.null_text.device
     classes = None if labels is None else torch.tensor(labels, device=device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
@@ -38,6 +39,26 @@ def draw(
     tokens = sample(guided, cond, tuple(keys), channels, sampling, shift_of(grid[0] * grid[1] * grid[2], base.objective.shift))
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+
+def check_request(
+    encoders: Encoders, base: TrainRun, prompts: Sequence[str], labels: Sequence[int] | None, size: tuple[int, int, int], section: str
+) -> None:
+    """Raise UserError unless the model of `base` can draw this. section: where the keys stand in the config, such as "preview."."""
+    check_patch(encoders.latent_size(size, f"{section}size"), base.backbone.patch_size)
+    classes = base.backbone.num_classes
+    if labels is None and classes is not None:
+        raise UserError(f"the model is class-conditional (backbone.num_classes={classes}): give {section}labels, one for each prompt")
+    if labels is None:
+        return
+    if len(labels) != len(prompts):
+        raise UserError(
+            f"{section}labels has {len(labels)} entries and {section}prompts has {len(prompts)}: give one label for each prompt"
+        )
+    if classes is None:
+        raise UserError(f"{section}labels was given, and the model has no classes (backbone.num_classes): remove it")
+    if max(labels) >= classes:
+        raise UserError(f"{section}labels has {max(labels)}, expected 0 to {classes - 1} (backbone.num_classes={classes})")
 
 
 def sample_keys(seed: int, count: int) -> list[int]:
@@ -49,6 +70,7 @@ class Preview:
     """Draws the fixed prompts of a run at fixed noise into its `samples/` folder."""
 
     def __init__(self, config: PreviewConfig, sampling: SamplingConfig, encoders: Encoders, base: TrainRun, folder: Path) -> None:
+        check_request(encoders, base, config.prompts, config.labels, config.size, "preview.")
         self.config, self.sampling, self.encoders, self.base, self.folder = config, sampling, encoders, base, folder
 
     def __call__(self, denoiser: Denoiser, step: int) -> Tensor:

@@ -16,13 +16,14 @@ from data_pipelines.plan import PlannedSample
 from data_pipelines.progress import Progress
 from data_pipelines.raw import RawSample, read_sample
 from data_pipelines.samples import Facts
+from data_pipelines.shard_set import complete, write_json
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.sizes import choose_size
-from data_pipelines.sources import read_sources
+from data_pipelines.sources import read_source
 from data_pipelines.workers import InOrder
 from dit.config import EncodeRun
 from dit.encoders.prepare import encode_samples
-from dit.runs import Encoders
+from dit.runs import Encoders, make_folder
 from dit.runtime import distributed
 from dit.stream import CACHE_FILE
 
@@ -33,24 +34,22 @@ DONE_FILE = "manifest.json"
 def main(run: EncodeRun) -> int:
     """Write one latent shard for each shard of the sources; complete ones are kept, and ranks share the rest."""
     distributed.init()
-    out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(run.out, "out")
     encoders = Encoders.load(run.encoders, distributed.device())
-    for size in run.sizes:
-        encoders.latents.latent_size(size)
+    for index, size in enumerate(run.sizes):
+        encoders.latent_size(size, f"sizes.{index}")
+    sources = [read_source(source.path, config_key=f"sources.{index}.path") for index, source in enumerate(run.sources)]
+    shards = [(source, shard) for source in sources for shard in source.shards]
     _claim(out, run, encoders)
-    shards = [(source, shard) for source in read_sources(run.sources) for shard in source.shards]
-    mine = [
-        (out / shard_name(number), *item) for number, item in enumerate(shards) if number % distributed.world_size() == distributed.rank()
-    ]
-    rest = [item for item in mine if not Path(index_path(str(item[0]))).is_file()]
+    mine = [(number, *item) for number, item in enumerate(shards) if number % distributed.world_size() == distributed.rank()]
+    rest = [item for item in mine if complete(out, item[0]) is None]
     print(f"{len(mine) - len(rest)} of {len(mine)} shards are complete in {out}")
     plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
     progress = Progress(sum(map(len, plans)), "encoding", "samples")
-    samples = InOrder(_Reader(), _Readable(plans), run.num_workers)
+    samples = InOrder(_Reader(), _Readable(plans), run.num_workers if rest else 0)
     bad: list[tuple[str, str]] = []
-    for (path, _, _), plan in zip(rest, plans, strict=True):
-        bad += _encode_shard(run, encoders, plan, samples, path, progress)
+    for (number, _, _), plan in zip(rest, plans, strict=True):
+        bad += _encode_shard(run, encoders, plan, samples, out / shard_name(number), progress)
         if len(bad) > run.max_bad_fraction * max(progress.done, 1000):
             raise DataBudgetExceeded(
                 f"{len(bad)} of {progress.done} samples could not be read (max_bad_fraction={run.max_bad_fraction}), the last: {bad[-1]}"
@@ -64,7 +63,7 @@ def main(run: EncodeRun) -> int:
     if distributed.rank() == 0:
         indexes = [read_index(index_path(str(out / shard_name(number)))) for number in range(len(shards))]
         summary = {"shards": len(indexes), "samples": sum(len(index.entries) for index in indexes)}
-        (out / DONE_FILE).write_text(json.dumps(summary | {"left_out": sum(len(index.problems) for index in indexes)}) + "\n")
+        write_json(out / DONE_FILE, summary | {"left_out": sum(len(index.problems) for index in indexes)})
     return 0
 
 
@@ -110,6 +109,7 @@ def _encode_shard(
     with ShardWriter(path) as writer:
         while planned := list(islice(readable, run.batch_size)):
             batch = list(islice(samples, len(planned)))
+            progress.advance(len(batch))
             bad += [(sample.id, sample.error) for sample in batch if sample.error]
             good = [(item.entry.key, sample) for item, sample in zip(planned, batch, strict=True) if not sample.error]
             if not good:
@@ -121,7 +121,6 @@ def _encode_shard(
                 members = {"latents.npy": _npy(array, dtype), "text.npy": _npy(text, dtype), "txt": sample.caption.encode()}
                 _, t, h, w = array.shape
                 writer.add(key, members, Facts("latents", t, h, w, None), {} if sample.label is None else {"label": sample.label})
-            progress.advance(len(batch))
         for name, reason in bad:
             writer.leave_out(name, reason)
     return bad
@@ -137,15 +136,15 @@ def _claim(out: Path, run: EncodeRun, encoders: Encoders) -> None:
         "sources": [source.path for source in run.sources],
     }
     path = out / CACHE_FILE
-    if path.is_file():
-        begun = json.loads(path.read_text())
+    begun = json.loads(path.read_text()) if path.is_file() else None
+    distributed.barrier()  # every rank has looked before one writes
+    if begun is not None:
         different = [key for key, value in claim.items() if begun.get(key) != value]
         if different:
             lines = "\n".join(f"  {key}: {begun.get(key)} there, {claim[key]} here" for key in different)
             raise UserError(f"out={out} holds a cache that was made differently:\n{lines}\nGive another `out`, or delete that folder")
     elif distributed.rank() == 0:
-        path.write_text(json.dumps(claim, indent=1) + "\n")
-    distributed.barrier()
+        write_json(path, claim)
 
 
 def _npy(tensor: Tensor, dtype: np.dtype) -> bytes:

@@ -16,7 +16,7 @@ from dit.config.objective import SamplingConfig
 from dit.drawing import draw, sample_keys
 from dit.evaluation.moving_shapes import check_batch, summarise
 from dit.evaluation.pictures import contact_sheet
-from dit.runs import Encoders, TrainedRun
+from dit.runs import Encoders, TrainedRun, make_folder
 from dit.runtime import distributed
 
 SIZE = (moving_shapes.FRAMES, moving_shapes.SIDE, moving_shapes.SIDE)
@@ -35,8 +35,7 @@ class Row:
 
 def main(run: EvaluateRun) -> int:
     """Draw clips for captions of both splits with every run and setting; write results.json, a table and contact sheets to `out`."""
-    folder = Path(run.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(run.out, "out")
     rows = []
     for index, contestant in enumerate(run.contestants):
         trained = TrainedRun.open(contestant.run, f"contestants.{index}.run")

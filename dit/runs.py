@@ -4,8 +4,11 @@ config.resolved.yaml  env.json  command.txt  [teacher.resolved.yaml]  data.txt  
 checkpoints/  samples/  tensorboard/
 """
 
+import fcntl
 import importlib.metadata
 import json
+import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -20,16 +23,19 @@ from torch import Tensor, nn
 
 from data_pipelines.config import Section
 from data_pipelines.errors import UserError
+from data_pipelines.packed import Grid
 from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.encoders import EncodersConfig
 from dit.config.load import load_run, save_resolved
 from dit.config.objective import SamplingConfig
 from dit.distillation import build_student_sampling
 from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
+from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 from dit.models import build_backbone
 from dit.runtime import distributed
 
+log = logging.getLogger(__name__)
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
 FREE_KEYS = ("data.num_workers", "data.max_bad_fraction")
@@ -49,6 +55,13 @@ class Encoders:
         text = build_text_encoder(config.text, device)
         latents = build_latent_codec(config.latents, device)
         return cls(text, latents, text.encode([""])[0])
+
+    def latent_size(self, size: Grid, key: str) -> Grid:
+        """Frames, height, width of the latents of a video of `size`. Raises UserError that names `key`, where the size was given."""
+        try:
+            return self.latents.latent_size(size)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,15 @@ class TrainedRun:
         return module.eval().requires_grad_(False).to(device)
 
 
+def make_folder(path: str, key: str) -> Path:
+    """Make the folder `path` of the config key `key`. Raises UserError if that is impossible."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file of that name, no permission, a full disk
+        raise UserError(f"{key}={path}: this folder cannot be made ({error.strerror}); give another `{key}`") from error
+    return Path(path)
+
+
 def null_label(base: TrainRun) -> int | None:
     """The label that means "no class", or None for a model without classes."""
     return base.backbone.num_classes
@@ -100,16 +122,19 @@ def null_label(base: TrainRun) -> int | None:
 def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: str) -> Path:
     """Make the run directory, or check that the one which exists belongs to the same run; record config, versions and command.
 
-    description: what will be trained on, printed and kept as data.txt.
+    description: what will be trained on, printed and kept as data.txt. Until the first checkpoint a run has nothing that another
+    config would spoil, so one that failed at its start can be mended in place.
     """
-    folder = Path(run.out)
+    folder = make_folder(run.out, "out")
+    if writer := distributed.gather_json(_lock(folder) if distributed.rank() == 0 else None)[0]:
+        raise UserError(f"out={folder} is being written by {writer}: wait for it, end it, or give another `out`")
     resolved = folder / "config.resolved.yaml"
-    if resolved.is_file():
+    if resolved.is_file() and durable.published(folder / "checkpoints"):
         _refuse_another_run(load_run(type(run), str(resolved)), run, folder)
     distributed.barrier()  # every rank has read the old config before one writes the new
     if distributed.rank() == 0:
         for name in ("checkpoints", "samples", "tensorboard"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name).mkdir(exist_ok=True)
         save_resolved(run, resolved)
         if isinstance(run, DistillRun):
             save_resolved(base, folder / "teacher.resolved.yaml")
@@ -118,6 +143,23 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
         print(description, flush=True)
         (folder / "env.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     return folder
+
+
+def _lock(folder: Path) -> str | None:
+    """Make this process the only writer of `folder` until it ends, however it ends; returns who is, if there is one.
+
+    A killed launcher may leave ranks behind that train on, and two jobs may be sent to one folder.
+    """
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: the lock goes with the process
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (folder / ".lock").read_text().strip() or "another process"
+    except OSError as error:  # not every network file system has locks
+        log.warning("%s cannot be locked (%s): start no second command on it", folder, error.strerror)
+    os.truncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return None
 
 
 def _refuse_another_run(old: Section, new: Section, folder: Path) -> None:

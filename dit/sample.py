@@ -7,13 +7,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_pipelines.errors import UserError
 from data_pipelines.progress import track
 from data_pipelines.video import write_mp4
 from dit.config import Contestant, SampleRun
-from dit.drawing import draw, sample_keys
+from dit.drawing import check_request, draw, sample_keys
 from dit.evaluation.pictures import contact_sheet, write_video_grid
-from dit.runs import Encoders, TrainedRun
+from dit.runs import Encoders, TrainedRun, make_folder
 from dit.runtime import distributed
 
 FPS = 8.0
@@ -21,9 +20,7 @@ FPS = 8.0
 
 def main(run: SampleRun) -> int:
     """Draw every prompt with every contestant; write one file each, a contact sheet and (for videos) a grid that plays."""
-    if run.labels is not None and len(run.labels) != len(run.prompts):
-        raise UserError(f"labels has {len(run.labels)} entries and prompts has {len(run.prompts)}: give one label for each prompt")
-    folder = Path(run.out)
+    folder = make_folder(run.out, "out")
     drawn = [_draw(run, contestant, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
     for name, videos in drawn:
         _write_files(videos, folder / name.replace(" ", "_"))
@@ -43,13 +40,9 @@ def main(run: SampleRun) -> int:
 def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor]:
     """A name for the contestant and its videos (B, T, H, W, 3) uint8."""
     trained = TrainedRun.open(contestant.run, key)
-    classes = trained.base.backbone.num_classes
-    if classes and run.labels is None:
-        raise UserError(f"{contestant.run} is class-conditional ({classes} classes): give `labels`, one for each prompt")
-    if run.labels and (classes is None or max(run.labels) >= classes):
-        raise UserError(f"labels has {max(run.labels)}, and {contestant.run} knows {classes or 'no'} classes (backbone.num_classes)")
     device = distributed.device()
     encoders = Encoders.load(trained.base.encoders, device)
+    check_request(encoders, trained.base, run.prompts, run.labels, run.size, "")
     backbone = trained.backbone(encoders, contestant.step, run.weights, device)
     sampling = trained.sampling_for(contestant)
     print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}")

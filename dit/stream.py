@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from data_pipelines.config import DataConfig, Source
 from data_pipelines.errors import UserError
 from data_pipelines.loader import RawPack, StepPacks, StepStream
 from data_pipelines.packed import Grid, PackedLatents, check_patch
-from data_pipelines.plan import START, Position, open_plan
+from data_pipelines.plan import START, Plan, Position, open_plan
 from data_pipelines.report import report
 from data_pipelines.samples import Facts
+from data_pipelines.sources import read_source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
 from dit.diffusion import held_out_loss
@@ -42,7 +44,7 @@ class Stream:
 
     def encode(self, pack: RawPack) -> PackedLatents:
         """Latents and text of a pack, on this rank's device; what is cached is taken as it is."""
-        return prepare(pack, self.encoders.latents, self.encoders.text, self.patch).to(distributed.device())
+        return prepare(self._with_classes(pack), self.encoders.latents, self.encoders.text, self.patch).to(distributed.device())
 
     def training_flops(self, pack: RawPack) -> float:
         """Floating-point operations of the forward and backward pass over a pack; a caption is counted as it is long in words."""
@@ -59,7 +61,7 @@ class Stream:
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
         data = self.config.model_copy(update={"sources": [source], "packs_per_step": 1, "num_workers": 0})
-        stream = StepStream(open_plan(data, self._grid_of, 0), 0, 1)
+        stream = StepStream(Plan(data, [read_source(config.source, config_key="validation.source")], self._grid_of, 0), 0, 1)
         packs: list[PackedLatents] = []
         while sum(len(pack.keys) for pack in packs) < config.samples:
             packs.append(self.encode(next(stream).packs[0]))
@@ -75,7 +77,21 @@ class Stream:
     def _grid_of(self, facts: Facts) -> Grid | None:
         """Tokens (t, h, w) of a sample as the plan will deliver it."""
         size = (facts.frames, facts.height, facts.width)
-        return check_patch(size if facts.kind == "latents" else self.encoders.latents.latent_size(size), self.patch)
+        return check_patch(size if facts.kind == "latents" else self.encoders.latent_size(size, "data.sizes"), self.patch)
+
+    def _with_classes(self, pack: RawPack) -> RawPack:
+        """The pack with the labels that the backbone takes: none of them if it has no classes, else all of them in range."""
+        classes = self.backbone.num_classes
+        if classes is None:
+            return replace(pack, samples=tuple(replace(sample, label=None) for sample in pack.samples))
+        for sample in pack.samples:
+            if sample.error is None and (sample.label is None or sample.label >= classes):
+                got = "no class label" if sample.label is None else f"class label {sample.label}"
+                raise UserError(
+                    f"{sample.id}: got {got}, expected 0 to {classes - 1} (backbone.num_classes={classes}). Label every sample of "
+                    "data.sources and validation.source, or change backbone.num_classes (null leaves labels out)"
+                )
+        return pack
 
 
 def check_cache(source: Source, encoders: Encoders, key: str) -> None:

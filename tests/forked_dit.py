@@ -13,7 +13,13 @@ import traceback
 from typing import Any
 
 MODULES = ("train", "distill", "encode", "sample", "evaluate", "config.load", "engine.metrics", "demo")
-SLOW_IMPORTS = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch.utils.tensorboard", "data_pipelines.__main__")
+SLOW_IMPORTS = (
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "data_pipelines.__main__",
+)
 
 
 def child(request: dict[str, Any]) -> None:
@@ -28,7 +34,7 @@ def child(request: dict[str, Any]) -> None:
         code = importlib.import_module("dit.cli").main(request["start"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # noqa: BLE001 (what the interpreter does at its top)
+    except BaseException:  # as the interpreter does at its top
         traceback.print_exc()
     finally:
         importlib.import_module("dit.runtime.distributed").shutdown()

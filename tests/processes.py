@@ -41,16 +41,21 @@ class Done:
 
 def python_m(*argv: str) -> Done:
     """`python -m ARGV`, to its end."""
-    done = subprocess.run([sys.executable, "-m", *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 def torchrun(*argv: str, ranks: int = 2) -> "subprocess.Popen[bytes]":
-    """Start `torchrun -m dit ARGV` as the leader of a process group of its own."""
+    """Start `torchrun -m dit ARGV`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.Popen(
-        [*launcher, "-m", "dit", *argv], env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    return subprocess.Popen([*launcher, "-m", "dit", *argv], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started: torchrun's ranks have sessions of their own, so no signal to its group reaches them."""
+    return [int(child) for tasks in Path(f"/proc/{pid}/task").glob("*/children") for child in tasks.read_text().split()]
 
 
 class Forks:
@@ -62,7 +67,8 @@ class Forks:
         self.parent = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     def ask(self, request: Mapping[str, Any]) -> int | None:
-        assert self.parent.stdin and self.parent.stdout
+        assert self.parent.stdin is not None
+        assert self.parent.stdout is not None
         self.parent.stdin.write(json.dumps(request) + "\n")
         answer = self.parent.stdout.readline()
         assert answer, f"the forking process ended with {self.parent.wait()}"

@@ -42,22 +42,31 @@ class ConsistencyDistillation:
         training. On a mixture of three Gaussians (1500 steps) the energy distance of 1-, 2- and 4-step students was 2.4, 2.6,
         1.7 e-3 so, against 3.0, 4.1, 3.9 e-3 with weight 1 / t and 5.3, 9.0, 10.7 e-3 with weight 1.
         """
-        gap = relative_gap(self.config, progress)
-        levels = times.draw(self.config.times, self.token_shift, batch.keys, batch.cond.lengths)  # (n,)
+        levels, lower = self._levels(batch, relative_gap(self.config, progress))  # (n,), (n,)
         x_t, _, t = noised(batch, levels)
-        r = (levels * (1 - gap)).to(t)
-        target = self._target(student, x_t, t, r, batch.cond, gap)
+        target = self._target(student, x_t, t, lower.to(t), batch.cond)
         error = (student(x_t, t, batch.cond).float() - target).square()  # (L, P)
         return Losses(self._distance(batch.cond.per_sample(error)) * batch.weights, t)
 
+    def _levels(self, batch: PackedLatents, gap: float) -> tuple[Tensor, Tensor]:
+        """t and r of each sample, (n,) float64: t = shift(u) and r = shift(u (1 - gap)), for u as drawn.
+
+        The gap is relative in u, the time before the shift: that is the scale on which the model's levels are evenly spaced, so the
+        student learns small jumps where its content is decided. Without a shift r = t (1 - gap).
+        """
+        k = torch.tensor([times.shift_of(length, self.token_shift) for length in batch.cond.lengths], dtype=torch.float64)
+        u = times.draw(self.config.times, None, batch.keys, batch.cond.lengths)  # (n,)
+        return times.shift(u, k), times.shift(u * (1 - gap), k)
+
     @torch.no_grad()
-    def _target(self, student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Conditioning, gap: float) -> Tensor:
+    def _target(self, student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> Tensor:
         """The velocity (x_t - f(x_r, r)) / t, (L, P), that makes f(x_t, t) = f(x_r, r).
 
-        Written as gap * (teacher's mean velocity from t to r) + (1 - gap) * v(x_r, r), which it equals since r = t (1 - gap):
-        nothing is divided by t, and nothing cancels where t is small.
+        Written as g * (teacher's mean velocity from t to r) + (1 - g) * v(x_r, r) with g = (t - r) / t, which it equals:
+        nothing cancels where t is small.
         """
         x_r, mean_velocity = self._follow_teacher(x_t, t, r, cond)
+        gap = cond.per_token((t - r) / t)[:, None]  # (L, 1)
         return gap * mean_velocity + (1 - gap) * student(x_r, r, cond).float()
 
     def _follow_teacher(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
@@ -88,7 +97,7 @@ class ConsistencyDistillation:
 
 
 def relative_gap(config: ConsistencyConfig, progress: float) -> float:
-    """(t - r) / t at `progress` in [0, 1] of the run: 1 / q^stage, stages 1, 2, ... of equal length (Geng et al. 2024)."""
+    """Relative distance of r from t, before the shift, at `progress` in [0, 1] of the run: 1 / q^stage, stages 1, 2, ... of equal length (Geng et al. 2024)."""
     stage = min(int(progress * config.stages), config.stages - 1) + 1
     return float(config.q**-stage)
 

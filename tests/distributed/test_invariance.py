@@ -1,4 +1,4 @@
-"""One run is the same whatever it runs on: number of processes, accumulation, loader workers and ZeRO stage change no sample and no draw."""
+"""A run is the same whatever it runs on: processes, accumulation, loader workers and ZeRO stage change no sample and no draw."""
 
 from pathlib import Path
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.processes import Forks, distill_config, metrics, torchrun, train_config, wait_for
+from tests.processes import Forks, children, distill_config, metrics, torchrun, train_config, wait_for
 
 STEPS = 16
 SAVE_EVERY = 3
@@ -37,10 +37,18 @@ def assert_same_run(resumed: Path, reference: Path) -> None:
 
 def kill_at_random(run: Path, kill: Callable[[], None]) -> None:
     """Kill at some moment between the first checkpoint and the last steps."""
-    target = random.randrange(SAVE_EVERY + 1, STEPS - 4)
+    target = random.randrange(SAVE_EVERY + 1, STEPS - 5)
     wait_for(lambda: any((run / "checkpoints").glob("step-*")) and len(metrics(run)) >= target)
     kill()
     assert len(metrics(run)) < STEPS, "the run was over before the kill: raise STEPS"
+
+
+def kill_node(launcher: int) -> None:
+    """What the loss of a machine does: no process of it does anything more."""
+    ranks = children(launcher)
+    assert len(ranks) >= 2
+    for pid in (launcher, *ranks):
+        os.kill(pid, signal.SIGKILL)
 
 
 def killed_and_resumed(forks: Forks, verb: str, config: Path, ranks: int) -> None:
@@ -61,7 +69,7 @@ def test_training_in_one_process(forks: Forks, tmp_path: Path, latents: Path) ->
 def test_training_under_torchrun(tmp_path: Path, latents: Path) -> None:
     whole, cut = (train_config(tmp_path / f"{name}.yaml", latents, engine={"zero_stage": 2}, **LENGTH) for name in ("whole", "cut"))
     launches = [torchrun("train", str(config)) for config in (whole, cut)]
-    kill_at_random(tmp_path / "cut", lambda: os.killpg(launches[1].pid, signal.SIGKILL))
+    kill_at_random(tmp_path / "cut", lambda: kill_node(launches[1].pid))
     finished = [launches[0], torchrun("train", str(cut))]
     launches[1].communicate()
     for process in finished:

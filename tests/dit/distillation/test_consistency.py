@@ -147,6 +147,20 @@ def test_times_are_shifted_as_the_teachers() -> None:
     torch.testing.assert_close(shifted, 0.5 * plain / (1 - 0.5 * plain))
 
 
+def test_the_gap_is_relative_before_the_shift() -> None:
+    batch = pack_of_points(torch.zeros(4, 2), 0)
+    visited: list[Tensor] = []
+
+    def student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        visited.append(t)
+        return MIXTURE(x_t, t, cond)
+
+    ConsistencyDistillation(config(), MIXTURE, TokenShift(base_tokens=4))(student, batch, 0.0)  # gap 1/2, k = 1/2
+    lower, upper = visited
+    u = upper / (0.5 + 0.5 * upper)  # the inverse of t = k u / (1 + (k - 1) u)
+    torch.testing.assert_close(lower / (0.5 + 0.5 * lower), u / 2)
+
+
 class Student(nn.Module):
     def __init__(self) -> None:
         super().__init__()
