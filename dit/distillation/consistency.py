@@ -97,7 +97,10 @@ class ConsistencyDistillation:
 
 
 def relative_gap(config: ConsistencyConfig, progress: float) -> float:
-    """Relative distance of r from t, before the shift, at `progress` in [0, 1] of the run: 1 / q^stage, stages 1, 2, ... of equal length (Geng et al. 2024)."""
+    """Relative distance of r from t, before the shift, at `progress` in [0, 1] of the run.
+
+    1 / q^stage, for stages 1, 2, ... of equal length (Geng et al. 2024).
+    """
     stage = min(int(progress * config.stages), config.stages - 1) + 1
     return float(config.q**-stage)
 

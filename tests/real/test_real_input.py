@@ -53,15 +53,15 @@ def photo_run(path: Path, shards: Path) -> Path:
     )
 
 
-def opened(path: Path) -> tuple[TrainRun, Stream, Iterator[StepPacks]]:
+def opened(path: Path) -> tuple[Stream, Iterator[StepPacks]]:
     """The data of a run as training reads it."""
     run = load_run(TrainRun, str(path))
     stream = Stream(run.data, Encoders.load(run.encoders, torch.device("cpu")), run.backbone, run.train.seed)
-    return run, stream, stream.steps(None)
+    return stream, stream.steps(None)
 
 
 def test_labels_and_captions_of_class_folders_reach_the_objective(photos: Path, tmp_path: Path) -> None:
-    run, stream, steps = opened(photo_run(tmp_path / "photos.yaml", photos))
+    stream, steps = opened(photo_run(tmp_path / "photos.yaml", photos))
     seen: list[str] = []
     while len(seen) < 60:
         pack = stream.encode(next(steps).packs[0])
@@ -108,16 +108,17 @@ def test_a_folder_of_videos_and_photos_are_cached_and_mixed_in_one_run(forks: Fo
         train={"samples": 24, "seed": 2},
         preview={"prompts": list(VIDEO_CAPTIONS.values()), "size": [9, 36, 64], "every_steps": 100, "sampling": {"steps": 1}},
     )
-    _, stream, steps = opened(path)
+    stream, steps = opened(path)
     check_mixture(stream, steps)
     forks.run("train", str(path)).ok()
     out = path.with_suffix("")
     assert json.loads((out / "status.json").read_text())["state"] == "done"
     assert (out / "samples" / "step-00000000.gif").is_file()
 
-    request = {"contestants": [{"run": str(out)}], "prompts": ["a frame counter on blue"], "size": [9, 36, 64], "out": str(tmp_path / "drawn")}
+    drawn = tmp_path / "drawn"
+    request = {"contestants": [{"run": str(out)}], "prompts": ["a frame counter on blue"], "size": [9, 36, 64], "out": str(drawn)}
     forks.run("sample", str(write_config(tmp_path / "sample.yaml", request, {}))).ok()
-    assert (tmp_path / "drawn" / "grid.gif").is_file()
+    assert (drawn / "grid.gif").is_file()
 
 
 def check_mixture(stream: Stream, steps: Iterator[StepPacks]) -> None:

@@ -8,7 +8,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_page_in_docs_is_current() -> None:
-    assert (ROOT / "docs" / "reference" / "config.md").read_text() == page(), "run: python -m dit.config.reference > docs/reference/config.md"
+    committed = (ROOT / "docs" / "reference" / "config.md").read_text()
+    assert committed == page(), "run: python -m dit.config.reference > docs/reference/config.md"
 
 
 def test_the_page_knows_ranges_variants_and_defaults() -> None:
