@@ -30,7 +30,7 @@ PALETTE = {
     "magenta": (0.90, 0.20, 0.90),
     "cyan": (0.15, 0.90, 0.95),
 }
-RADII = {"small": 3.5, "large": 5.5}  # pixels from the centre to the farthest edge along an axis
+RADII = {"small": 4.5, "large": 6.5}  # pixels from the centre to the farthest edge along an axis
 HEADINGS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 0.5, "quickly": 1.5}  # pixels a frame
 ROWS = ("top", "middle", "bottom")  # positions of a clip that moves horizontally

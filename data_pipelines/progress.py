@@ -11,10 +11,10 @@ PLAIN_SECONDS = 10.0
 
 
 class Progress:
-    """Count items done and say how long the rest will take."""
+    """Count items done and say how long the rest will take; `silent` counts only."""
 
-    def __init__(self, total: int, label: str, unit: str = "") -> None:
-        self.total, self.label, self.unit = total, label, unit
+    def __init__(self, total: int, label: str, unit: str = "", *, silent: bool = False) -> None:
+        self.total, self.label, self.unit, self.silent = total, label, unit, silent
         self.done = 0
         self.start = self.last = time.monotonic()
         self.terminal = sys.stdout.isatty()
@@ -24,6 +24,8 @@ class Progress:
         self.done += count
         now = time.monotonic()
         finished = self.done >= self.total
+        if self.silent:
+            return
         if not finished and now - self.last < (0.2 if self.terminal else PLAIN_SECONDS):
             return
         self.last = now

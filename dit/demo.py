@@ -58,7 +58,7 @@ def stages(out: Path, ranks: int) -> list[Stage]:
     contestants = [{"run": str(teacher)}, {"run": str(teacher), "steps": 4}, {"run": str(student)}]
 
     def clips(split: str, count: int, seed: int) -> Stage:
-        options = ("--clips", str(count), "--seed", str(seed), "--split", "train")
+        options = ("--clips", str(count), "--seed", str(seed), "--split", "train", "--shard-samples", "512")
         return Stage(
             f"render {count} captioned {split} clips as WebDataset shards",
             (*shapes, str(out / "shards" / split), *options),
@@ -72,6 +72,7 @@ def stages(out: Path, ranks: int) -> list[Stage]:
             "encode the clips with the frozen VAE and text encoder",
             (*dit, "encode", str(CONFIGS / "encode.yaml"), f"sources=[{{path: {out}/shards/train}}]", f"out={out}/latents"),
             out / "latents" / "manifest.json",
+            ranks,
         ),
         Stage(
             "train the teacher",

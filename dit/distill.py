@@ -1,8 +1,12 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
+from pathlib import Path
+
 from dit.config import DistillRun
+from dit.config.load import load_run
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import Preview
+from dit.engine import durable
 from dit.engine.checkpoint import resume
 from dit.engine.deepspeed import Engine
 from dit.engine.loop import fit
@@ -16,6 +20,7 @@ def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
     distributed.init()
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
+    run = with_fixed_teacher(run)
     base = trained.base
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
@@ -37,3 +42,18 @@ def main(run: DistillRun) -> int:
         preview=Preview(run.preview, build_student_sampling(run.method), encoders, base, folder) if run.preview else None,
     )
     return 0
+
+
+def with_fixed_teacher(run: DistillRun) -> DistillRun:
+    """Name the teacher's checkpoint: the one that this run began with, else the newest.
+
+    A teacher that trains on between a kill and the resume must not change what its student learns.
+    """
+    if run.teacher.step is not None:
+        return run
+    begun = Path(run.out) / "config.resolved.yaml"
+    if begun.is_file() and durable.published(Path(run.out) / "checkpoints"):
+        step = load_run(DistillRun, str(begun)).teacher.step
+    else:
+        step = next(iter(durable.published(Path(run.teacher.run) / "checkpoints")), None)
+    return run.model_copy(update={"teacher": run.teacher.model_copy(update={"step": step})})

@@ -43,9 +43,11 @@ def main(run: EncodeRun) -> int:
     _claim(out, run, encoders)
     mine = [(number, *item) for number, item in enumerate(shards) if number % distributed.world_size() == distributed.rank()]
     rest = [item for item in mine if complete(out, item[0]) is None]
-    print(f"{len(mine) - len(rest)} of {len(mine)} shards are complete in {out}")
+    is_first = distributed.rank() == 0
+    if is_first and len(rest) < len(mine):
+        print(f"{len(mine) - len(rest)} of this process's {len(mine)} shards are complete in {out}")
     plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
-    progress = Progress(sum(map(len, plans)), "encoding", "samples")
+    progress = Progress(sum(map(len, plans)), "encoding", "samples of this process", silent=not is_first)
     samples = InOrder(_Reader(), _Readable(plans), run.num_workers if rest else 0)
     bad: list[tuple[str, str]] = []
     for (number, _, _), plan in zip(rest, plans, strict=True):
@@ -60,7 +62,7 @@ def main(run: EncodeRun) -> int:
     if bad:
         print(f"left out {len(bad)} samples in all; the index of each shard names them")
     distributed.barrier()
-    if distributed.rank() == 0:
+    if is_first:
         indexes = [read_index(index_path(str(out / shard_name(number)))) for number in range(len(shards))]
         summary = {"shards": len(indexes), "samples": sum(len(index.entries) for index in indexes)}
         write_json(out / DONE_FILE, summary | {"left_out": sum(len(index.problems) for index in indexes)})

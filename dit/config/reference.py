@@ -8,7 +8,13 @@ from pydantic.fields import FieldInfo
 
 from dit.config import DistillRun, EncodeRun, EvaluateRun, SampleRun, TrainRun
 
-ROOTS: dict[str, type[BaseModel]] = {"train": TrainRun, "distill": DistillRun, "encode": EncodeRun, "sample": SampleRun, "evaluate": EvaluateRun}
+ROOTS: dict[str, type[BaseModel]] = {
+    "train": TrainRun,
+    "distill": DistillRun,
+    "encode": EncodeRun,
+    "sample": SampleRun,
+    "evaluate": EvaluateRun,
+}
 
 
 def page() -> str:

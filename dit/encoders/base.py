@@ -94,12 +94,8 @@ def causal_latent_size(size: Grid, stride: Grid) -> Grid:
     """
     (frames, height, width), (group, *sides) = size, stride
     if frames < 1 or (frames - 1) % group:
-        raise UserError(
-            f"size {list(size)}: got {frames} frames, expected 1 + {group}k for whole k. Change the frames of that size in `sizes`."
-        )
+        raise UserError(f"size {list(size)}: got {frames} frames, expected 1 + {group}k for whole k.")
     for name, pixels, side in zip(("height", "width"), (height, width), sides, strict=True):
         if pixels < side or pixels % side:
-            raise UserError(
-                f"size {list(size)}: got {name} {pixels}, expected a multiple of {side}. Change the {name} of that size in `sizes`."
-            )
+            raise UserError(f"size {list(size)}: got {name} {pixels}, expected a multiple of {side}.")
     return 1 + (frames - 1) // group, height // sides[0], width // sides[1]

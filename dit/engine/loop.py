@@ -1,5 +1,6 @@
 """The training loop, for training and distilling alike. Knows nothing of diffusion or of how data is read."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dit.runtime import distributed
 from dit.runtime.losses import Losses
 from dit.runtime.signals import StopSignals
 
+log = logging.getLogger(__name__)
 FEWEST_SAMPLES = 10_000
 """The share of bad samples is taken of at least this many (or of the whole run), so that one early bad sample ends no run."""
 
@@ -68,6 +70,9 @@ def fit(
     Raises NonFinite, DataBudgetExceeded, UserError (disk), on all ranks.
     """
     folder, train = Path(run.out), run.train
+    if engine.samples_seen >= train.samples:
+        log.info("%s is finished: %d of %d samples", folder, engine.samples_seen, train.samples)
+        return FitResult("done", engine.step, engine.samples_seen, None)
     with Records(folder, engine.step, distributed.rank() == 0) as records, StopSignals(folder) as stop:
         progress = Progress(train.samples, train.log_every_steps, _peak_of_all_devices(run))
         budget = BadBudget(max_bad_fraction, train.samples, records)

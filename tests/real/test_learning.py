@@ -69,14 +69,14 @@ def train(config: str, out: Path, samples: int, *overrides: str) -> float:
 @pytest.mark.slow
 def test_cifar10_in_pixels_learns(cifar10: Path, tmp_path: Path) -> None:
     sources = (f"data.sources=[{{path: {cifar10 / 'shards'}}}]", f"validation.source={cifar10 / 'held_out'}")
-    assert train("cifar10_pixels.yaml", tmp_path / "run", 3200, *sources) < PIXELS
+    assert train("cifar10_pixels.yaml", tmp_path / "run", 3200, *sources) < 0.36  # zero velocity has 1.25, a full run 0.20
 
 
 @pytest.mark.slow
 def test_cifar10_in_latents_learns(cifar10: Path, tmp_path: Path) -> None:
     latents = [cached("cifar10.yaml", cifar10 / part, tmp_path / part) for part in ("shards", "held_out")]
     sources = (f"data.sources=[{{path: {latents[0]}}}]", f"validation.source={latents[1]}")
-    assert train("cifar10_latents.yaml", tmp_path / "run", 4800, *sources) < LATENTS
+    assert train("cifar10_latents.yaml", tmp_path / "run", 4800, *sources) < 3.0  # zero velocity has 6.3, a full run 1.7
 
 
 @pytest.mark.slow
@@ -94,5 +94,5 @@ def test_videos_and_images_in_one_run_learn(cifar10: Path, tmp_path: Path) -> No
     images = cached("cifar10.yaml", cifar10 / "held_out", tmp_path / "latents" / "images")
     sources = f"data.sources=[{{path: {clips[0]}, weight: 100}}, {{path: {images}, weight: 2}}]"
     loss = train("videos.yaml", tmp_path / "run", 1600, sources, f"validation.source={clips[1]}")
-    assert loss < VIDEOS
+    assert loss < 3.4
     assert (tmp_path / "run" / "samples" / "step-00000000.gif").is_file()
