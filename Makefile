@@ -6,11 +6,6 @@ VENV   ?= .venv
 PIP_FLAGS ?= --disable-pip-version-check
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-export DS_ACCELERATOR := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo cpu)
-ifeq ($(DS_ACCELERATOR),)
-unexport DS_ACCELERATOR
-endif
-
 .PHONY: demo test test-slow lint clean
 demo: $(STAMP)
 	@$(BIN)/dit demo $(DEMO)
@@ -30,7 +25,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python >= 3.11 is needed, this is {sys.version.split()[0]}; say make PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "making the environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing pinned packages into $(VENV) (2 to 4 minutes, once)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) --progress-bar off -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^\(Collecting .*\)/  \1/p' -e 's/^\(Installing .*\)/  \1/p' -e 's/^\(Building .*\)/  \1/p'
+	@(while sleep 15; do echo "  still installing"; done) & ticker=$$!; trap "kill $$ticker" EXIT; \
+	$(BIN)/python -m pip install $(PIP_FLAGS) --progress-bar off -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^\(Collecting .*\)/  \1/p' -e 's/^\(Installing .*\)/  \1/p' -e 's/^\(Building .*\)/  \1/p'
 	@$(BIN)/python -c 'import torch, deepspeed' 2>/dev/null || { echo "the environment in $(VENV) is incomplete: run make clean and try again"; exit 1; }
 	@touch $(STAMP)
 
