@@ -111,10 +111,11 @@ def test_records_of_a_run(path: Path, run: str) -> None:
 
 
 def test_the_resolved_config_is_the_same_run(path: Path) -> None:
-    for name, root in (("teacher", TrainRun), ("student", DistillRun)):
-        assert load_run(root, str(path / name / "config.resolved.yaml")) == load_run(root, str(path / f"{name}.yaml"))
-    teacher = load_run(TrainRun, str(path / "teacher.yaml"))
-    assert load_run(TrainRun, str(path / "student" / "teacher.resolved.yaml")) == teacher
+    resolved = {name: str(path / name / "config.resolved.yaml") for name in ("teacher", "student")}
+    assert load_run(TrainRun, resolved["teacher"]) == load_run(TrainRun, str(path / "teacher.yaml"))
+    steps = [int(folder.name[5:]) for folder in (path / "teacher" / "checkpoints").glob("step-*")]
+    assert load_run(DistillRun, resolved["student"]) == load_run(DistillRun, str(path / "student.yaml"), [f"teacher.step={max(steps)}"])
+    assert load_run(TrainRun, str(path / "student" / "teacher.resolved.yaml")) == load_run(TrainRun, str(path / "teacher.yaml"))
 
 
 def test_tensorboard_can_be_read(path: Path) -> None:
