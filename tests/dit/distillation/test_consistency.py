@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,22 +26,26 @@ def config(**options: object) -> ConsistencyConfig:
     return ConsistencyConfig.model_validate({"guidance": {"s": 1.0}, **options})
 
 
-def exact_student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """Velocity (x_t - f) / t of GAUSSIAN's exact consistency function f = mean + 0.3 (x_t - (1-t) mean) / std(x_t)."""
+def exact_student(x_t: Tensor, t: Tensor, cond: Conditioning, phases: int = 1) -> Tensor:
+    """Velocity (x_t - f) / (t - e) of GAUSSIAN's exact consistency function f = e's mean + (e's std / t's std) (x_t - t's mean)."""
     level, mean = cond.per_token(t)[:, None], GAUSSIAN.means[0].to(x_t)
-    std = ((1 - level) ** 2 * 0.09 + level**2).sqrt()
-    return (x_t - mean - 0.3 * (x_t - (1 - level) * mean) / std) / level
+    end = ((level * phases).ceil() - 1).clamp(min=0) / phases
+    std_t, std_e = (((1 - at) ** 2 * 0.09 + at**2).sqrt() for at in (level, end))
+    return (x_t - (1 - end) * mean - std_e * (x_t - (1 - level) * mean) / std_t) / (level - end)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.9])
-def test_the_exact_consistency_function_has_no_loss(progress: float) -> None:
-    objective = ConsistencyDistillation(config(solver_steps=16), GAUSSIAN, None)
+@pytest.mark.parametrize("phases", [1, 2, 4])
+def test_the_exact_consistency_function_has_no_loss(progress: float, phases: int) -> None:
+    objective = ConsistencyDistillation(config(solver_steps=16, phases=phases, student_steps=4 if phases == 1 else phases), GAUSSIAN, None)
     batch = pack_of_points(GAUSSIAN.draw(500, 1), 0)
-    exact = float(objective(exact_student, batch, progress).per_sample.mean())
+    exact = float(objective(partial(exact_student, phases=phases), batch, progress).per_sample.mean())
     teacher = float(objective(GAUSSIAN, batch, progress).per_sample.mean())
-    flipped = float(objective(lambda *args: -exact_student(*args), batch, progress).per_sample.mean())
+    other_phases = float(objective(partial(exact_student, phases=3), batch, progress).per_sample.mean())
+    flipped = float(objective(lambda *args: -exact_student(*args, phases=phases), batch, progress).per_sample.mean())
     assert exact < 1e-6
-    assert teacher > 100 * exact + 1e-4
+    assert teacher > 100 * exact + 1e-5
+    assert other_phases > 100 * exact + 1e-5
     assert flipped > 1e-2
 
 
@@ -138,6 +144,18 @@ def test_guidance_is_baked_in_and_captions_are_never_dropped() -> None:
 def test_student_is_sampled_in_its_own_steps() -> None:
     sampling = build_student_sampling(config(student_steps=2))
     assert (sampling.sampler, sampling.steps, sampling.guidance) == ("consistency", 2, Guidance(s=1.0))
+
+
+def test_a_student_of_several_phases_steps_from_end_to_end_without_fresh_noise() -> None:
+    sampling = build_student_sampling(config(phases=4, student_steps=4))
+    assert (sampling.sampler, sampling.steps, sampling.guidance) == ("euler", 4, Guidance(s=1.0))
+    cond = points(200)
+    noise = noise_tokens(list(range(200)), cond.lengths, 2, "start noise")
+    jumped = sample(partial(exact_student, phases=4), cond, list(range(200)), 2, sampling, 1.0)
+    mean = GAUSSIAN.means[0].float()
+    torch.testing.assert_close(jumped, mean + 0.3 * noise, atol=1e-5, rtol=0)  # the flow map of a Gaussian, exactly
+    with pytest.raises(ValueError, match="phases=4 and student_steps=3"):
+        config(phases=4, student_steps=3)
 
 
 def test_times_are_shifted_as_the_teachers() -> None:
