@@ -69,7 +69,7 @@ def _shapes(captions: list[str], repeats: int, seed: int) -> Iterator[Clip]:
         for index, (caption, repeat) in enumerate(itertools.product(captions, range(repeats))):
             attributes = moving_shapes.parse(caption)
             low, high = moving_shapes.start_region(attributes)
-            drawn = [randomness.uniform("start", seed, again, index, repeat, axis) for axis in "xy"]
+            drawn = [randomness.uniform("start", seed, again, index, repeat, caption, axis) for axis in "xy"]
             x, y = (low + (high - low) * drawn).tolist()
             yield Clip(torch.from_numpy(moving_shapes.render(attributes, (x, y))), caption, None)
 

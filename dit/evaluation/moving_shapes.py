@@ -233,11 +233,14 @@ def recovered(videos: np.ndarray) -> np.ndarray:
     """Place videos in the space of what the renderer draws from: (N, T, H, W, 3) -> (N, 11).
 
     Centre in units of 8 pixels (2), velocity in pixels a frame (2), radius in units of 2 pixels, RGB (3), one-hot shape (3).
+    A clip that shows nothing is a shape of no kind and no size, in the colour of the background, at rest in the middle.
     """
     return np.array([_vector(seen) for seen in observe(videos)], np.float32)
 
 
 def _vector(seen: Observation) -> list[float]:
+    if not seen.visible:
+        return [SIDE / 16, SIDE / 16, 0, 0, 0, *BACKGROUND, 0, 0, 0]
     x, y = seen.centre
     return [x / 8, y / 8, *seen.velocity, RADII[seen.size] / 2, *PALETTE[seen.colour], *(float(seen.shape == name) for name in SHAPES)]
 

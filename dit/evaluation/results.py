@@ -18,9 +18,8 @@ Results = dict[str, Any]
 
 def table(results: Results) -> str:
     """Figures as lines and rows as columns, Markdown: value ± half the 95 % interval, one after another for each split."""
-    rows, names = results["rows"], []
-    for row in rows:
-        names += [name for figures in row["figures"].values() for name in figures if name not in names]
+    rows = results["rows"]
+    names = dict.fromkeys(name for row in rows for figures in row["figures"].values() for name in figures)
     splits = list(results["protocol"]["reference"])
     lines = ["| " + " / ".join(splits) + " | " + " | ".join(row["name"] for row in rows) + " |", "|" + "---|" * (len(rows) + 1)]
     for name in names:

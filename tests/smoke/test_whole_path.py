@@ -43,7 +43,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preview = {**PREVIEW, "sampling": {"steps": 2}}
     both = [{"run": str(teacher)}, {"run": str(student)}]
     sample = {"contestants": both, "prompts": PROMPTS, "size": [FRAMES, 32, 32], "out": str(root / "drawn")}
-    evaluate = {"contestants": both, "samples": 4, "out": str(root / "evaluation")}
+    random_conv = {"name": "random_conv"}
+    wanted = [
+        {"name": "adherence"},
+        {"name": "positions"},
+        *({"name": name, "features": random_conv} for name in ("diversity", "fidelity")),
+    ]
+    evaluate = {"contestants": both, "samples": 8, "per_caption": 2, "metrics": wanted, "out": str(root / "evaluation")}
     for command in (
         ("data_pipelines", "shapes", str(root / "clips"), "--clips", "48", "--shard-samples", "16", "--processes", "1"),
         ("dit", "encode", str(write_json_as_yaml(root / "encode.yaml", encode))),
@@ -165,13 +171,23 @@ def test_drawn_videos(path: Path) -> None:
 
 def test_evaluation(path: Path) -> None:
     results = json.loads((path / "evaluation" / "results.json").read_text())
-    assert [Path(row["run"]).name for row in results["rows"]] == ["teacher", "student"]
-    assert [row["sampling"]["sampler"] for row in results["rows"]] == ["euler", "consistency"]
+    *judged, floor = results["rows"]
+    assert [Path(row["subject"]["run"]).name for row in judged] == ["teacher", "student"]
+    assert [row["subject"]["sampling"]["sampler"] for row in judged] == ["euler", "consistency"]
     for row in results["rows"]:
         for split in ("train", "held_out"):
-            assert 0 <= row[split]["all"] <= row[split]["mean"] <= 1
+            figures = row["figures"][split]
+            assert 0 <= figures["adherence/all"]["value"] <= figures["adherence/mean"]["value"] <= 1
+            assert figures["adherence/all"]["low"] <= figures["adherence/all"]["value"] <= figures["adherence/all"]["high"]
+    assert floor["figures"]["held_out"]["adherence/all"]["value"] == 1
+    assert floor["figures"]["held_out"]["positions/spread"]["value"] > 0.3
+    assert "fidelity/random_conv/psnr" not in judged[0]["figures"]["train"]
+    assert 0 < judged[1]["figures"]["train"]["fidelity/random_conv/psnr"]["value"] < 100
+    assert judged[0]["subject"]["checkpoint"] != judged[1]["subject"]["checkpoint"]
+    assert results["protocol"]["metrics"]["fidelity/random_conv"]["features"]["weights"]
     table = (path / "evaluation" / "table.md").read_text()
-    assert len(table.strip().splitlines()) == 4
+    assert "| adherence/shape | " in table
+    assert table.splitlines()[0].endswith("| reference |")
     for file in (path / "evaluation").glob("*.png"):
         assert_shows_something(Image.open(file))
     assert len(list((path / "evaluation").glob("*.png"))) == 4

@@ -158,6 +158,8 @@ def test_the_recovered_space_holds_the_truth(videos, clips):
         np.testing.assert_allclose(vector[2:4], expected[1] - expected[0], atol=0.02)
         np.testing.assert_allclose(vector[4:8], [ms.RADII[a.size] / 2, *ms.PALETTE[a.colour]], rtol=1e-6)
         assert [name for name, is_it in zip(ms.SHAPES, vector[8:], strict=True) if is_it] == [a.shape]
+    nothing = recovered(np.full_like(videos[:1], 15))[0]
+    np.testing.assert_allclose(nothing, [2, 2, 0, 0, 0, *ms.BACKGROUND, 0, 0, 0], rtol=1e-6)
 
 
 def test_relative_starts_are_the_renderers(videos, clips, attributes):
