@@ -116,6 +116,21 @@ def test_records_of_a_run(path: Path, run: str) -> None:
     assert "48 samples" in (folder / "data.txt").read_text()
 
 
+def test_validations_are_recorded_sample_by_sample_and_compared(forks: Forks, path: Path, tmp_path: Path) -> None:
+    first, second = (line["held_out"] for line in metrics(path / "teacher") if "held_out" in line)
+    assert list(first["cells"]) == ["all", "t=0.3", "t=0.7"]
+    losses = [np.array(record["losses"]) for record in (first, second)]
+    assert losses[0].shape == losses[1].shape
+    assert second["cells"]["t=0.7"]["change"] == pytest.approx((losses[1] - losses[0])[1].mean())
+    assert "change" not in first["cells"]["all"]
+    # cut off after the first validation and taken up again, the run compares with what it recorded before
+    shutil.copytree(path / "teacher", tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "step-00000006")
+    done = forks.run("train", str(path / "teacher.yaml"), f"out={tmp_path / 'teacher'}").ok()
+    assert metrics(tmp_path / "teacher") == metrics(path / "teacher")
+    assert "held-out loss" in done.out + done.err
+
+
 def test_the_resolved_config_is_the_same_run(path: Path) -> None:
     resolved = {name: str(path / name / "config.resolved.yaml") for name in ("teacher", "student")}
     assert load_run(TrainRun, resolved["teacher"]) == load_run(TrainRun, str(path / "teacher.yaml"))
@@ -132,6 +147,7 @@ def test_tensorboard_can_be_read(path: Path) -> None:
     losses = {line["step"]: line["loss"] for line in metrics(path / "teacher")}
     assert {point.step: point.value for point in board.Scalars("train/loss")} == pytest.approx({s: losses[s] for s in (2, 4, 6)})
     assert [point.step for point in board.Scalars("val/loss")] == [3, 6]
+    assert [point.step for point in board.Scalars("val/change_t/0.3")] == [6]
     assert any(tag.startswith("samples/") for tag in tags["images"])
 
 
