@@ -16,7 +16,7 @@ from data_pipelines import moving_shapes
 from data_pipelines.errors import UserError
 from data_pipelines.progress import track
 from dit.config import EvaluateRun
-from dit.config.evaluation import FidelityConfig, ShapesClips
+from dit.config.evaluation import FidelityConfig, ShapesClips, TemporalConfig
 from dit.config.objective import SamplingConfig
 from dit.drawing import check_request, draw, sample_keys
 from dit.encoders.base import hash_of_weights
@@ -48,6 +48,7 @@ class Split:
 
 def main(run: EvaluateRun) -> int:
     """Draw clips with every contestant; write results.json, a table and contact sheets to `out`."""
+    _check_size(run)
     folder = make_folder(run.out, "out")
     opened = [TrainedRun.open(contestant.run, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
     metrics = build_metrics(run.metrics, distributed.device())
@@ -65,6 +66,15 @@ def main(run: EvaluateRun) -> int:
 def _size(run: EvaluateRun) -> tuple[int, int, int]:
     side = moving_shapes.SIDE
     return (moving_shapes.FRAMES, side, side) if isinstance(run.clips, ShapesClips) else run.clips.size
+
+
+def _check_size(run: EvaluateRun) -> None:
+    frames, *sides = _size(run)
+    for index, metric in enumerate(run.metrics):
+        least = 11 if isinstance(metric, FidelityConfig) else metric.block if isinstance(metric, TemporalConfig) else 1
+        if min(sides) < least or (frames < 2 and isinstance(metric, TemporalConfig)):
+            needed = f"sides of {least} pixels or more" + (" and 2 frames" if isinstance(metric, TemporalConfig) else "")
+            raise UserError(f"metrics.{index}: {metric.name} needs {needed}, got clips of {list(_size(run))}")
 
 
 def _protocol(run: EvaluateRun, metrics: Sequence[Metric], splits: Sequence[Split]) -> dict[str, object]:
