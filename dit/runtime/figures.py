@@ -47,20 +47,19 @@ def rate_figure(rate: float, count: int) -> Figure:
 
 
 def jackknife_figure(statistic: Callable[..., float], *sets: Tensor) -> Figure:
-    """`statistic(*sets)` with the interval of the delete-a-group jackknife, which unlike the bootstrap adds no bias of repeated samples.
+    """`statistic(*sets)` with the interval of the delete-a-group jackknife (Efron & Tibshirani 1993, ch. 11).
 
-    Each of the independent `sets` (n_i, ...) is cut into 20 contiguous groups, so samples that belong together stay together; the
-    variances of leaving one group out add up over the sets (Efron & Tibshirani 1993, ch. 11). Raises ValueError below 40 samples.
+    Every set (n_i, ...) is cut into 20 contiguous groups, and group b is left out of all sets at once: clips of one caption stay together,
+    and what both sets owe to their common captions cancels. The bootstrap would add the bias of repeated samples to a distance between
+    sets. Raises ValueError below 40 samples.
     """
     count = min(map(len, sets))
     if count < 2 * BLOCKS:
         raise ValueError(f"got {count} samples, expected at least {2 * BLOCKS} for the interval of a distance between sets")
-    value, variance = statistic(*sets), 0.0
-    for i, whole in enumerate(sets):
-        group = torch.arange(len(whole), device=whole.device) * BLOCKS // len(whole)  # (n,)
-        left = [statistic(*(whole[group != b] if j == i else other for j, other in enumerate(sets))) for b in range(BLOCKS)]
-        variance += (BLOCKS - 1) * float(torch.tensor(left, dtype=torch.float64).var(correction=0))
-    half = student(BLOCKS - 1) * sqrt(variance)
+    groups = [torch.arange(len(whole), device=whole.device) * BLOCKS // len(whole) for whole in sets]  # (n_i,)
+    left = [statistic(*(whole[group != b] for whole, group in zip(sets, groups, strict=True))) for b in range(BLOCKS)]
+    value = statistic(*sets)
+    half = student(BLOCKS - 1) * sqrt((BLOCKS - 1) * float(torch.tensor(left, dtype=torch.float64).var(correction=0)))
     return Figure(value, value - half, value + half, count)
 
 

@@ -38,12 +38,19 @@ def test_the_jackknife_of_a_difference_of_means_is_its_standard_error() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(400, generator=generator).double(), 2 * torch.randn(1000, generator=generator).double()
     figure = jackknife_figure(lambda a, b: float(a.mean() - b.mean()), x, y)
-    expected = [  # groups of equal size: exactly the spread of the groups' means
-        float(z.view(20, -1).mean(1).var() / 20) for z in (x, y)
-    ]
+    groups = x.view(20, -1).mean(1) - y.view(20, -1).mean(1)  # of equal size: exactly the spread of the groups' differences
     assert figure.value == pytest.approx(float(x.mean() - y.mean()))
     assert figure.high is not None
-    assert figure.high - figure.value == pytest.approx(student(19) * sum(expected) ** 0.5)
+    assert figure.high - figure.value == pytest.approx(student(19) * float(groups.var() / 20) ** 0.5)
+
+
+def test_what_two_sets_have_in_common_cancels() -> None:
+    common, own = (torch.randn(2, 400, generator=torch.Generator().manual_seed(seed)).double() for seed in (0, 1))
+    paired = jackknife_figure(lambda a, b: float(a.mean() - b.mean()), common[0] + 0.01 * own[0], common[0] + 0.01 * own[1])
+    apart = jackknife_figure(lambda a, b: float(a.mean() - b.mean()), common[0], common[1])
+    assert paired.high is not None
+    assert apart.high is not None
+    assert paired.high - paired.value < 0.05 * (apart.high - apart.value)
 
 
 def test_the_jackknife_holds_the_truth_as_often_as_it_says() -> None:
