@@ -175,6 +175,10 @@ def _drawn(
 ) -> Iterator[Batch]:
     """The contestant's clips of a split, batch by batch; the first contestant's are kept if a metric compares with them."""
     classes = None if trained.base.backbone.num_classes is None else [label for label in split.labels if label is not None]
+    if classes is not None and len(classes) < len(split.labels):
+        raise UserError(
+            f"{trained.path} is class-conditional: every clip needs a class label, and those of clips.name={run.clips.name} lack some"
+        )
     check_request(encoders, trained.base, split.captions, classes, _size(run), "clips.")
     keys = sample_keys(run.seed, len(split.captions))
     keep = index == 0 and any(isinstance(metric, FidelityConfig) for metric in run.metrics)
@@ -199,5 +203,5 @@ def _marked(captions: Sequence[str], metrics: Sequence[Metric], rows: Sequence[T
     """Captions, with the verdict of the exact checker if it was asked."""
     for metric, verdicts in zip(metrics, rows, strict=True):
         if metric.name == "adherence" and verdicts is not None:
-            return [f"{'ok' if verdict[-1] else 'NO'}: {caption}" for verdict, caption in zip(verdicts, captions, strict=False)]
+            return [f"{'ok' if verdict[-1] else 'NO'}: {caption}" for verdict, caption in zip(verdicts, captions)]
     return list(captions)

@@ -152,7 +152,7 @@ def test_the_summary_averages_what_it_says():
 
 def test_the_recovered_space_holds_the_truth(videos, clips):
     vectors = recovered(videos[:64])
-    for vector, clip in zip(vectors, clips, strict=False):
+    for vector, clip in zip(vectors, clips):
         expected, a = ms.trajectory(clip.attributes, clip.start), clip.attributes
         np.testing.assert_allclose(vector[:2] * 8, expected.mean(0), atol=0.05)
         np.testing.assert_allclose(vector[2:4], expected[1] - expected[0], atol=0.02)
@@ -165,6 +165,6 @@ def test_the_recovered_space_holds_the_truth(videos, clips):
 def test_relative_starts_are_the_renderers(videos, clips, attributes):
     starts = relative_starts(np.concatenate([videos[:64], np.zeros_like(videos[:1])]), [*attributes[:64], attributes[0]])
     assert np.isnan(starts[64]).all()
-    for start, clip in zip(starts[:64], clips, strict=False):
+    for start, clip in zip(starts[:64], clips):
         low, high = ms.start_region(clip.attributes)
         np.testing.assert_allclose(low + start * (high - low), clip.start, atol=0.1)
