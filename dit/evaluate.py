@@ -10,14 +10,13 @@ from typing import Literal
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipelines import moving_shapes
 from data_pipelines.errors import UserError
 from data_pipelines.progress import track
 from dit.config import EvaluateRun
 from dit.config.evaluation import FidelityConfig, ShapesClips, TemporalConfig
-from dit.config.objective import SamplingConfig
 from dit.drawing import check_request, draw, sample_keys
 from dit.encoders.base import hash_of_weights
 from dit.evaluation.clips import RULES, Clip, clips_of, splits_of
@@ -27,6 +26,8 @@ from dit.evaluation.results import Results, table
 from dit.runs import Encoders, TrainedRun, make_folder
 from dit.runtime import distributed
 
+SHOWN = 12
+"""Clips of a contact sheet."""
 FigureTable = dict[str, dict[str, float | int | None]]
 
 
@@ -144,18 +145,30 @@ def _figures(metrics: Sequence[Metric], rows: Sequence[Tensor | None], reference
 def _judge(
     run: EvaluateRun, index: int, trained: TrainedRun, metrics: Sequence[Metric], splits: Sequence[Split], folder: Path
 ) -> dict[str, object]:
-    contestant = run.contestants[index]
-    encoders = Encoders.load(trained.base.encoders, distributed.device())
-    backbone = trained.backbone(encoders, contestant.step, run.weights, distributed.device())
+    contestant, size, device = run.contestants[index], _size(run), distributed.device()
+    encoders = Encoders.load(trained.base.encoders, device)
+    backbone = trained.backbone(encoders, contestant.step, run.weights, device)
     sampling = trained.sampling_for(contestant)
+    keys = sample_keys(run.seed, run.samples)
+    parts = [slice(first, first + run.batch_size) for first in range(0, run.samples, run.batch_size)]
+    keep = index == 0 and any(isinstance(metric, FidelityConfig) for metric in run.metrics)
+
+    def drawn(split: Split, label: str, shown: list[Tensor]) -> Iterator[Batch]:
+        labels = _labels(run, trained, split)
+        check_request(encoders, trained.base, split.captions, labels, size, "clips.")
+        for number, part in enumerate(track(parts, label)):
+            captions, classes = split.captions[part], None if labels is None else labels[part]
+            videos = draw(backbone, encoders, trained.base, captions, classes, size, sampling, keys[part])
+            shown += [videos] if sum(map(len, shown)) < SHOWN else []
+            split.others += [videos] if keep else []
+            yield Batch(videos, captions, split.others[number] if split.others and index else None)
+
     start, figures = time.monotonic(), {}
     for split in splits:
-        stem = f"{trained.path.name}-{sampling.sampler}{sampling.steps}-{split.name}"
-        batches = _drawn(run, index, trained, encoders, backbone, sampling, split, stem)
-        kept: list[Tensor] = []
-        rows = _rows(metrics, _first_kept(batches, kept))
+        stem, shown = f"{trained.path.name}-{sampling.sampler}{sampling.steps}-{split.name}", list[Tensor]()
+        rows = _rows(metrics, drawn(split, stem, shown))
         figures[split.name] = _figures(metrics, rows, split.reference, run.per_caption)
-        contact_sheet(torch.cat(kept)[:12], _marked(split.captions[:12], metrics, rows), folder / f"{stem}.png")
+        contact_sheet(torch.cat(shown)[:SHOWN], _marked(split.captions[:SHOWN], metrics, rows), folder / f"{stem}.png")
     name = f"{trained.path.name} {sampling.sampler} {sampling.steps} s={sampling.guidance.scale:g}"
     weights = {"step": contestant.step, "weights": run.weights, "checkpoint": hash_of_weights(backbone)}
     subject = {"run": str(trained.path), **weights, "sampling": sampling.model_dump(mode="json")}
@@ -163,40 +176,15 @@ def _judge(
     return {"name": name, "subject": subject, "seconds_per_clip": seconds, "figures": figures}
 
 
-def _drawn(
-    run: EvaluateRun,
-    index: int,
-    trained: TrainedRun,
-    encoders: Encoders,
-    backbone: nn.Module,
-    sampling: SamplingConfig,
-    split: Split,
-    label: str,
-) -> Iterator[Batch]:
-    """The contestant's clips of a split, batch by batch; the first contestant's are kept if a metric compares with them."""
-    classes = None if trained.base.backbone.num_classes is None else [label for label in split.labels if label is not None]
-    if classes is not None and len(classes) < len(split.labels):
+def _labels(run: EvaluateRun, trained: TrainedRun, split: Split) -> list[int] | None:
+    if trained.base.backbone.num_classes is None:
+        return None
+    labels = [label for label in split.labels if label is not None]
+    if len(labels) < len(split.labels):
         raise UserError(
-            f"{trained.path} is class-conditional: every clip needs a class label, and those of clips.name={run.clips.name} lack some"
+            f"{trained.path} is class-conditional: clips.name={run.clips.name} must give every clip a class label, and does not"
         )
-    check_request(encoders, trained.base, split.captions, classes, _size(run), "clips.")
-    keys = sample_keys(run.seed, len(split.captions))
-    keep = index == 0 and any(isinstance(metric, FidelityConfig) for metric in run.metrics)
-    parts = [slice(first, first + run.batch_size) for first in range(0, run.samples, run.batch_size)]
-    for number, part in enumerate(track(parts, label)):
-        captions = split.captions[part]
-        chosen = None if classes is None else classes[part]
-        videos = draw(backbone, encoders, trained.base, captions, chosen, _size(run), sampling, keys[part])
-        if keep:
-            split.others.append(videos)
-        yield Batch(videos, captions, split.others[number] if split.others and index else None)
-
-
-def _first_kept(batches: Iterable[Batch], kept: list[Tensor], enough: int = 12) -> Iterator[Batch]:
-    for batch in batches:
-        if sum(map(len, kept)) < enough:
-            kept.append(batch.videos)
-        yield batch
+    return labels
 
 
 def _marked(captions: Sequence[str], metrics: Sequence[Metric], rows: Sequence[Tensor | None]) -> list[str]:

@@ -61,37 +61,38 @@ class PositionsConfig(Section):
     name: Literal["positions"]
 
 
-class FrechetConfig(Section):
+class FeatureMetric(Section):
+    name: str
+    features: Features
+
+
+class FrechetConfig(FeatureMetric):
     """Fréchet distance to the reference clips: FID or FVD where the features are theirs."""
 
     name: Literal["frechet"]
-    features: Features
     extrapolate: bool = True
     """Remove the bias of finite samples by extrapolating to 1/N = 0."""
 
 
-class KernelConfig(Section):
+class KernelConfig(FeatureMetric):
     """Kernel distance (KID) to the reference clips: unbiased at any number of samples."""
 
     name: Literal["kernel"]
-    features: Features
     subset: Annotated[int, Field(ge=2)] = 1000
     """Samples compared at once; bounds memory."""
 
 
-class PrecisionRecallConfig(Section):
+class PrecisionRecallConfig(FeatureMetric):
     """Share of samples inside the reference's manifold, and of the reference inside the samples'."""
 
     name: Literal["precision_recall"]
-    features: Features
     k: PositiveInt = 3
 
 
-class DiversityConfig(Section):
+class DiversityConfig(FeatureMetric):
     """Mean distance of clips that were drawn for the same caption; needs per_caption of 2 or more."""
 
     name: Literal["diversity"]
-    features: Features
 
 
 class ClipScoreConfig(Section):
@@ -103,7 +104,7 @@ class ClipScoreConfig(Section):
     batch_size: PositiveInt = 32
 
 
-class TemporalConfig(Section):
+class TemporalConfig(FeatureMetric):
     """Likeness of neighbouring frames, in features and after block matching. Read it beside the reference's: a still is perfect."""
 
     name: Literal["temporal"]
@@ -114,7 +115,7 @@ class TemporalConfig(Section):
     """How far they are looked for, pixels."""
 
 
-class FidelityConfig(Section):
+class FidelityConfig(FeatureMetric):
     """PSNR, SSIM and feature distance to the first contestant's clips of the same captions and noise."""
 
     name: Literal["fidelity"]

@@ -26,20 +26,16 @@ _WEIGHTS_AND_SETTINGS = ("*.safetensors", "config.json", "preprocessor_config.js
 
 
 class Features(Protocol):
-    """One vector a clip."""
+    """Clips (N, T, H, W, 3) uint8 to one vector each."""
 
     def __call__(self, videos: Tensor, /) -> Tensor:
-        """(N, T, H, W, 3) uint8 -> (N, D) float32."""
+        """(N, D) float32."""
+
+    def maps(self, videos: Tensor, /) -> list[Tensor]:
+        """(N, S, D) float32 of each layer: the places inside a clip."""
 
     def protocol(self) -> Facts:
         """All that the vectors depend on."""
-
-
-class MapFeatures(Features, Protocol):
-    """Features that also show the places inside a clip."""
-
-    def maps(self, videos: Tensor, /) -> list[Tensor]:
-        """(N, T, H, W, 3) uint8 -> (N, S, D) float32 of each layer."""
 
 
 def build_features(config: RandomConvFeatures | NetworkFeatures | AttributeFeatures, device: torch.device) -> Features:
@@ -47,15 +43,6 @@ def build_features(config: RandomConvFeatures | NetworkFeatures | AttributeFeatu
     match config:
         case AttributeFeatures():
             return RecoveredAttributes()
-        case RandomConvFeatures() | NetworkFeatures():
-            return build_map_features(config, device)
-        case _:
-            assert_never(config)
-
-
-def build_map_features(config: RandomConvFeatures | NetworkFeatures, device: torch.device) -> MapFeatures:
-    """As `build_features`, for those that have maps."""
-    match config:
         case RandomConvFeatures():
             return RandomConv(config.seed, device)
         case NetworkFeatures():
@@ -74,6 +61,9 @@ class RecoveredAttributes:
 
     def __call__(self, videos: Tensor) -> Tensor:
         return torch.from_numpy(moving_shapes.recovered(videos.cpu().numpy()))
+
+    def maps(self, videos: Tensor) -> list[Tensor]:
+        raise NotImplementedError("a shape has no places; configs cannot ask for them")
 
     def protocol(self) -> Facts:
         return {"name": "attributes", "version": 1}
@@ -133,11 +123,9 @@ class Network:
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> Tensor:
-        pooled = []
-        for part in self._inputs(videos).split(self.config.batch_size):
-            last = self._hidden(part)[-1]
-            pooled.append(last[:, 0] if self.config.pool == "cls" else last.mean(1))
-        return torch.cat(pooled).unflatten(0, (len(videos), -1)).mean(1)
+        last = [self._hidden(part)[-1] for part in self._inputs(videos).split(self.config.batch_size)]
+        pooled = torch.cat([part[:, 0] if self.config.pool == "cls" else part.mean(1) for part in last])
+        return pooled.unflatten(0, (len(videos), -1)).mean(1)
 
     def protocol(self) -> Facts:
         frames = "each, mean of the vectors" if self.frames is None else f"{self.frames} spread evenly"

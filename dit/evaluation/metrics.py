@@ -16,10 +16,11 @@ from data_pipelines.errors import UserError
 from data_pipelines.moving_shapes import parse
 from dit.config import evaluation as config
 from dit.evaluation import distances, moving_shapes, pixels
-from dit.evaluation.features import ClipScore, Facts, Features, MapFeatures, RecoveredAttributes, build_map_features, of_frames
+from dit.evaluation.features import ClipScore, Facts, Features, build_features, of_frames
 from dit.runtime.figures import Figure, jackknife_figure, mean_figure, rate_figure
 
 Figures = dict[str, Figure]
+Rows = Callable[["Batch"], Tensor | None]
 _ADHERENCE = [*(field.name for field in fields(moving_shapes.Adherence)), "all"]
 _SQUARE = 0.521405433  # mean distance of two uniform points of the unit square, (2 + sqrt 2 + 5 asinh 1) / 15
 
@@ -39,23 +40,27 @@ class Metric:
     successive clips share a caption, to figures by name. facts: all that they depend on beside the clips."""
 
     name: str
-    rows: Callable[[Batch], Tensor | None]
+    rows: Rows
     figures: Callable[[Tensor, Tensor, int], Figures]
     facts: Facts
 
 
 def build_metrics(configs: Sequence[config.Metric], device: torch.device) -> list[Metric]:
     """The metrics that `configs` name, each network loaded once. Raises UserError for two of one name, or a network that cannot be read."""
-    networks: Callable[..., MapFeatures] = cache(lambda wanted: build_map_features(wanted, device))
-    rows_of = cache(lambda wanted: _rows_of(RecoveredAttributes() if wanted.name == "attributes" else networks(wanted)))
-    metrics = [_build(one, networks, rows_of, device) for one in configs]
+    features = cache(lambda wanted: build_features(wanted, device))
+    rows = cache(lambda wanted: lambda batch: features(wanted)(batch.videos))
+    metrics = [_build(one, features, rows, device) for one in configs]
     names = [metric.name for metric in metrics]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"metrics: {', '.join(repeated)} is asked for twice; networks are told apart by the names of their folders")
     return metrics
 
 
-def _build(one: config.Metric, networks: Callable[..., MapFeatures], rows_of: Callable[..., "_Rows"], device: torch.device) -> Metric:
+def _build(one: config.Metric, features: Callable[..., Features], rows: Callable[..., Rows], device: torch.device) -> Metric:
+    def of_sets(figures: Callable[[Tensor, Tensor, int], Figures]) -> Metric:
+        assert isinstance(one, config.FeatureMetric)
+        return Metric(_name(one), rows(one.features), figures, _facts(one, features(one.features)))
+
     match one:
         case config.AdherenceConfig():
             return Metric(one.name, _adherence_rows, _adherence_figures, {"version": 1})
@@ -63,58 +68,36 @@ def _build(one: config.Metric, networks: Callable[..., MapFeatures], rows_of: Ca
             return Metric(one.name, _position_rows, _position_figures, {"version": 1})
         case config.FrechetConfig():
             distance = distances.frechet_unbiased if one.extrapolate else distances.frechet
-            return _of_sets(one, rows_of, lambda x, y, repeats: {"": jackknife_figure(distance, x, y)})
+            return of_sets(lambda x, y, repeats: {"": jackknife_figure(distance, x, y)})
         case config.KernelConfig():
             kernel = partial(distances.kernel_distance, subset=one.subset)
-            return _of_sets(one, rows_of, lambda x, y, repeats: {"": jackknife_figure(kernel, x, y)})
+            return of_sets(lambda x, y, repeats: {"": jackknife_figure(kernel, x, y)})
         case config.PrecisionRecallConfig():
-            return _of_sets(one, rows_of, lambda x, y, _: dict(zip(("/precision", "/recall"), distances.precision_recall(x, y, one.k))))
+            return of_sets(lambda x, y, _: dict(zip(("/precision", "/recall"), distances.precision_recall(x, y, one.k))))
         case config.DiversityConfig():
-            return _of_sets(one, rows_of, lambda x, y, repeats: {"": distances.pairwise(x, repeats)} if repeats > 1 else {})
+            return of_sets(lambda x, y, repeats: {"": distances.pairwise(x, repeats)} if repeats > 1 else {})
         case config.ClipScoreConfig():
             score = ClipScore(one, device)
             return Metric(one.name, lambda batch: score(batch.videos, batch.captions)[:, None], _means(""), score.protocol())
         case config.TemporalConfig():
-            maps = networks(one.features)
-            return Metric(_name(one), _temporal_rows(one, maps), _means("/frame_similarity", "/warping_error"), _facts(one, maps))
+            net = features(one.features)
+            return Metric(_name(one), _temporal_rows(one, net), _means("/frame_similarity", "/warping_error"), _facts(one, net))
         case config.FidelityConfig():
-            maps = networks(one.features)
-            return Metric(_name(one), _fidelity_rows(maps), _means("/psnr", "/ssim", "/feature_distance"), _facts(one, maps))
+            net = features(one.features)
+            return Metric(_name(one), _fidelity_rows(net), _means("/psnr", "/ssim", "/feature_distance"), _facts(one, net))
         case _:
             assert_never(one)
 
 
 # --- features ---------------------------------------------------------------------------------------------------
 
-_OfSets = config.FrechetConfig | config.KernelConfig | config.PrecisionRecallConfig | config.DiversityConfig
-_WithFeatures = _OfSets | config.TemporalConfig | config.FidelityConfig
 
-
-class _Rows:
-    """Rows that are feature vectors; one object for each network, so that metrics can share what it computes."""
-
-    def __init__(self, features: Features) -> None:
-        self.features = features
-
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.features(batch.videos)
-
-
-def _rows_of(features: Features) -> _Rows:
-    return _Rows(features)
-
-
-def _of_sets(one: _OfSets, rows_of: Callable[..., _Rows], figures: Callable[[Tensor, Tensor, int], Figures]) -> Metric:
-    rows = rows_of(one.features)
-    return Metric(_name(one), rows, figures, _facts(one, rows.features))
-
-
-def _name(one: _WithFeatures) -> str:
+def _name(one: config.FeatureMetric) -> str:
     features = one.features
     return f"{one.name}/{Path(features.path).name if isinstance(features, config.NetworkFeatures) else features.name}"
 
 
-def _facts(one: _WithFeatures, features: Features) -> Facts:
+def _facts(one: config.FeatureMetric, features: Features) -> Facts:
     return one.model_dump(mode="json", exclude={"features"}) | {"features": features.protocol()}
 
 
@@ -122,7 +105,7 @@ def _means(*names: str) -> Callable[[Tensor, Tensor, int], Figures]:
     return lambda rows, reference, repeats: {name: mean_figure(rows[:, i]) for i, name in enumerate(names)}
 
 
-def _temporal_rows(one: config.TemporalConfig, features: MapFeatures) -> Callable[[Batch], Tensor]:
+def _temporal_rows(one: config.TemporalConfig, features: Features) -> Callable[[Batch], Tensor]:
     def rows(batch: Batch) -> Tensor:
         similarity = pixels.frame_similarity(of_frames(features, batch.videos)).cpu()
         return torch.stack([similarity, pixels.warping_error(batch.videos, one.block, one.radius).cpu()], dim=1)
@@ -130,7 +113,7 @@ def _temporal_rows(one: config.TemporalConfig, features: MapFeatures) -> Callabl
     return rows
 
 
-def _fidelity_rows(features: MapFeatures) -> Callable[[Batch], Tensor | None]:
+def _fidelity_rows(features: Features) -> Callable[[Batch], Tensor | None]:
     def rows(batch: Batch) -> Tensor | None:
         if batch.others is None:
             return None
