@@ -134,7 +134,8 @@ def _figures(metrics: Sequence[Metric], rows: Sequence[Tensor | None], reference
     table: FigureTable = {}
     for metric, mine, theirs in zip(metrics, rows, reference, strict=True):
         if mine is not None:
-            figures = metric.figures(mine, mine if theirs is None else theirs, repeats)
+            device = distributed.device()  # decompositions of thousands of features
+            figures = metric.figures(mine.to(device), (mine if theirs is None else theirs).to(device), repeats)
             table |= {metric.name + name: figure.as_json() for name, figure in figures.items()}
     return table
 

@@ -16,7 +16,7 @@ def frechet(x: Tensor, y: Tensor) -> float:
     R_x R_y^T: exact for singular covariances, without the root of a matrix.
     """
     x, y = x.double(), y.double()
-    roots = [torch.linalg.qr(z - z.mean(0)).R / (len(z) - 1) ** 0.5 for z in (x, y)]  # (min(N, D), D)
+    roots = [torch.linalg.qr(z - z.mean(0), mode="r").R / (len(z) - 1) ** 0.5 for z in (x, y)]  # (min(N, D), D)
     spread = sum(root.square().sum() for root in roots) - 2 * torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
     return float((x.mean(0) - y.mean(0)).square().sum() + spread)
 
