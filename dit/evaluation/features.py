@@ -22,7 +22,7 @@ from dit.evaluation.pixels import as_float
 
 Facts = dict[str, Any]
 """Part of a protocol: all that a figure depends on, as JSON."""
-_WEIGHTS_AND_SETTINGS = ("*.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json")
+_WEIGHTS_AND_SETTINGS = ("*.safetensors", "config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 class Features(Protocol):
@@ -151,6 +151,10 @@ class ClipScore:
 
         self.config, self.device = config, device
         self.model, self.prepare = load_vision(config.path, "CLIPModel", "metrics.path", device)
+        if not any(
+            (Path(config.path) / name).is_file() for name in ("tokenizer.json", "vocab.json")
+        ):  # transformers would make an empty one
+            raise UserError(f"metrics.path: got {config.path!r}, expected a CLIP folder with its tokenizer (tokenizer.json or vocab.json)")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(config.path, local_files_only=True)
 
     @torch.no_grad()
@@ -192,7 +196,10 @@ def load_vision(path: str, kind: str, key: str, device: torch.device) -> tuple[A
 
     try:
         settings = json.loads((Path(path) / "preprocessor_config.json").read_text())
-        model = getattr(transformers, kind).from_pretrained(path, local_files_only=True, use_safetensors=True)
+        load = getattr(transformers, kind).from_pretrained
+        model, found = load(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
+        if lacking := sorted(name for name in found["missing_keys"] if kind == "CLIPModel" or "pooler" not in name):  # heads are not used
+            raise ValueError(f"the weights lack {len(lacking)} tensors of {type(model).__name__}, such as {lacking[0]}")
         vision = getattr(model.config, "vision_config", model.config)
         prepare = Prepare(int(vision.image_size), settings["image_mean"], settings["image_std"], device)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

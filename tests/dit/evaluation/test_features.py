@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -112,6 +113,15 @@ def test_a_folder_that_is_no_network_is_refused(tmp_path: Path, lost: str) -> No
         Network(NetworkFeatures(name="network", path=str(path)), CPU)
 
 
+def test_a_network_whose_weights_are_not_whole_is_refused(tmp_path: Path) -> None:
+    path = dinov2(tmp_path / "dino")
+    tensors = load_file(path / "model.safetensors")
+    del tensors["encoder.layer.1.norm1.weight"]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"lack 1 tensors of Dinov2Model, such as encoder.layer.1.norm1.weight"):
+        Network(NetworkFeatures(name="network", path=str(path)), CPU)
+
+
 def test_clip_score_is_the_cosine_of_transformers(tmp_path: Path, videos: Tensor) -> None:
     torch.manual_seed(4)
     text = {**SMALL, "vocab_size": 16, "max_position_embeddings": 20, "eos_token_id": 1}
@@ -127,6 +137,10 @@ def test_clip_score_is_the_cosine_of_transformers(tmp_path: Path, videos: Tensor
     torch.testing.assert_close(score(videos[:2], captions), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(score(videos[:2], captions[::-1]), expected, rtol=1e-3)
     assert expected.min() > 1
+    for tokenizer in tmp_path.glob("tokenizer*"):
+        tokenizer.unlink()
+    with pytest.raises(UserError, match=r"metrics.path: got .* expected a CLIP folder with its tokenizer"):
+        ClipScore(ClipScoreConfig(name="clip_score", path=str(tmp_path)), CPU)
 
 
 def test_random_convolutions_are_fixed_and_depend_on_the_seed(videos: Tensor) -> None:
