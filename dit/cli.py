@@ -35,7 +35,7 @@ VERBS = {
         "dit sample configs/demo/sample.yaml 'prompts=[a small red disc moving left slowly near the top]'",
     ),
     "evaluate": Verb(
-        "EvaluateRun", "measure caption adherence of runs on moving shapes", "dit evaluate configs/demo/evaluate.yaml samples=64"
+        "EvaluateRun", "measure runs: adherence to captions, distances to reference clips", "dit evaluate configs/demo/evaluate.yaml seed=2"
     ),
 }
 PLAIN_VERBS = {

@@ -1,109 +1,196 @@
-"""`dit evaluate`: how well the videos of one or more runs obey their captions, by the exact checker of moving shapes."""
+"""`dit evaluate`: how well one or more runs do, by any of the metrics of `dit/evaluation`, beside the reference clips themselves."""
 
 import json
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
+import xxhash
 from torch import Tensor
 
 from data_pipelines import moving_shapes
+from data_pipelines.errors import UserError
 from data_pipelines.progress import track
-from data_pipelines.randomness import key
 from dit.config import EvaluateRun
-from dit.config.objective import SamplingConfig
-from dit.drawing import draw, sample_keys
-from dit.evaluation.moving_shapes import check_batch, summarise
+from dit.config.evaluation import FidelityConfig, ShapesClips, TemporalConfig
+from dit.drawing import check_request, draw, sample_keys
+from dit.encoders.base import hash_of_weights
+from dit.evaluation.clips import RULES, Clip, clips_of, splits_of
+from dit.evaluation.metrics import Batch, Metric, build_metrics
 from dit.evaluation.pictures import contact_sheet
+from dit.evaluation.results import Results, table
 from dit.runs import Encoders, TrainedRun, make_folder
 from dit.runtime import distributed
 
-SIZE = (moving_shapes.FRAMES, moving_shapes.SIDE, moving_shapes.SIDE)
+SHOWN = 12
+"""Clips of a contact sheet."""
+FigureTable = dict[str, dict[str, float | int | None]]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a run, how it was sampled, and what the checker says of trained and of held-out captions."""
+@dataclass
+class Split:
+    """One kind of captions: what is drawn, the rows of its reference clips under each metric, and the figures of as many others.
 
-    run: str
-    sampling: SamplingConfig
-    train: dict[str, object]
-    held_out: dict[str, object]
-    seconds_per_clip: float
+    digest: hash of the reference clips. others: clips of the first contestant, kept where a metric compares with them.
+    """
+
+    name: Literal["train", "held_out", "all"]
+    captions: list[str]
+    labels: list[int | None]
+    reference: list[Tensor | None]
+    floor: FigureTable
+    digest: str
+    others: list[Tensor]
 
 
 def main(run: EvaluateRun) -> int:
-    """Draw clips for captions of both splits with every run and setting; write results.json, a table and contact sheets to `out`."""
+    """Draw clips with every contestant; write results.json, a table and contact sheets to `out`."""
+    _check_size(run)
     folder = make_folder(run.out, "out")
-    rows = []
-    for index, contestant in enumerate(run.contestants):
-        trained = TrainedRun.open(contestant.run, f"contestants.{index}.run")
-        encoders = Encoders.load(trained.base.encoders, distributed.device())
-        backbone = trained.backbone(encoders, contestant.step, run.weights, distributed.device())
-        rows.append(_evaluate(run, trained, encoders, backbone, trained.sampling_for(contestant), folder))
-    results = {"samples": run.samples, "seed": run.seed, "weights": run.weights, "rows": [_as_json(row) for row in rows]}
+    opened = [TrainedRun.open(contestant.run, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
+    metrics = build_metrics(run.metrics, distributed.device())
+    splits = [_open_split(run, name, metrics) for name in splits_of(run.clips)]
+    floor = {"name": "reference", "subject": None, "seconds_per_clip": None, "figures": {split.name: split.floor for split in splits}}
+    judged = [_judge(run, index, trained, metrics, splits, folder) for index, trained in enumerate(opened)]
+    results: Results = {"protocol": _protocol(run, metrics, splits), "rows": [*judged, floor]}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    text = table(rows)
+    text = table(results)
     (folder / "table.md").write_text(text + "\n")
     print(text)
     return 0
 
 
-def captions(split: moving_shapes.Split, count: int, seed: int) -> list[str]:
-    """`count` captions of a split, all of them as evenly as `count` allows, in an order that depends on the seed."""
-    everything = sorted(moving_shapes.all_captions(split), key=lambda text: key("evaluation", seed, text))
-    return [everything[index % len(everything)] for index in range(count)]
+def _size(run: EvaluateRun) -> tuple[int, int, int]:
+    side = moving_shapes.SIDE
+    return (moving_shapes.FRAMES, side, side) if isinstance(run.clips, ShapesClips) else run.clips.size
 
 
-def _evaluate(
-    run: EvaluateRun, trained: TrainedRun, encoders: Encoders, backbone: torch.nn.Module, sampling: SamplingConfig, folder: Path
-) -> Row:
-    start = time.monotonic()
-    summaries = {}
-    for split in ("train", "held_out"):
-        prompts = captions(split, run.samples, run.seed)
-        videos = _draw_all(
-            run, trained, encoders, backbone, sampling, prompts, f"{trained.path.name} {sampling.steps} steps, {split} captions"
+def _check_size(run: EvaluateRun) -> None:
+    frames, *sides = _size(run)
+    for index, metric in enumerate(run.metrics):
+        least = 11 if isinstance(metric, FidelityConfig) else metric.block if isinstance(metric, TemporalConfig) else 1
+        if min(sides) < least or (frames < 2 and isinstance(metric, TemporalConfig)):
+            needed = f"sides of {least} pixels or more" + (" and 2 frames" if isinstance(metric, TemporalConfig) else "")
+            raise UserError(f"metrics.{index}: {metric.name} needs {needed}, got clips of {list(_size(run))}")
+
+
+def _protocol(run: EvaluateRun, metrics: Sequence[Metric], splits: Sequence[Split]) -> dict[str, object]:
+    rules = {"frames": "all", "resize": "none"} if isinstance(run.clips, ShapesClips) else RULES
+    counts = {"samples": run.samples, "per_caption": run.per_caption, "seed": run.seed, "size": list(_size(run))}
+    first = {"first_contestant": Path(run.contestants[0].run).name} if any(isinstance(m, FidelityConfig) for m in run.metrics) else {}
+    hashes = {split.name: split.digest for split in splits}
+    return {"reference": hashes, **counts, "clips": rules, **first, "metrics": {metric.name: metric.facts for metric in metrics}}
+
+
+# --- reference --------------------------------------------------------------------------------------------------
+
+
+def _open_split(run: EvaluateRun, name: Literal["train", "held_out", "all"], metrics: Sequence[Metric]) -> Split:
+    source = clips_of(run.clips, name, run.samples // run.per_caption, run.per_caption, run.seed)
+    digest, seen = xxhash.xxh3_128(), list[Clip]()
+
+    def noted(batches: Iterable[list[Clip]]) -> Iterator[Batch]:
+        for clips in batches:
+            for clip in clips:
+                digest.update(clip.video.numpy().tobytes() + clip.caption.encode())
+                seen.append(Clip(clip.video[:0], clip.caption, clip.label))
+            yield Batch(torch.stack([clip.video for clip in clips]), [clip.caption for clip in clips], None)
+
+    def measured(label: str) -> list[Tensor | None]:
+        batches = [min(run.batch_size, run.samples - first) for first in range(0, run.samples, run.batch_size)]
+        taken = (_take(source, count, run) for count in track(batches, f"{label} clips, {name}"))
+        return _rows(metrics, noted(taken))
+
+    reference = measured("reference")
+    shapes = isinstance(run.clips, ShapesClips)
+    drawn = seen[:] if shapes else [clip for clip in seen[: run.samples // run.per_caption] for _ in range(run.per_caption)]
+    hashed = digest.hexdigest()
+    floor = _figures(metrics, measured("more reference"), reference, run.per_caption if shapes else 1)
+    return Split(name, [clip.caption for clip in drawn], [clip.label for clip in drawn], reference, floor, hashed, [])
+
+
+def _take(source: Iterator[Clip], count: int, run: EvaluateRun) -> list[Clip]:
+    clips = list(islice(source, count))
+    if len(clips) < count:
+        raise UserError(f"clips.path has fewer usable clips than 2 x samples = {2 * run.samples}: lower `samples`, or give more clips")
+    return clips
+
+
+def _rows(metrics: Sequence[Metric], batches: Iterable[Batch]) -> list[Tensor | None]:
+    """Rows of all clips under each metric; metrics that have the same rows share them."""
+    parts: dict[object, list[Tensor]] = {metric.rows: [] for metric in metrics}
+    for batch in batches:
+        for rows, collected in parts.items():
+            if (values := rows(batch)) is not None:  # type: ignore[operator]
+                collected.append(values.cpu())
+    return [torch.cat(parts[metric.rows]) if parts[metric.rows] else None for metric in metrics]
+
+
+def _figures(metrics: Sequence[Metric], rows: Sequence[Tensor | None], reference: Sequence[Tensor | None], repeats: int) -> FigureTable:
+    table: FigureTable = {}
+    for metric, mine, theirs in zip(metrics, rows, reference, strict=True):
+        if mine is not None:
+            device = distributed.device()  # decompositions of thousands of features
+            figures = metric.figures(mine.to(device), (mine if theirs is None else theirs).to(device), repeats)
+            table |= {metric.name + name: figure.as_json() for name, figure in figures.items()}
+    return table
+
+
+# --- contestants ------------------------------------------------------------------------------------------------
+
+
+def _judge(
+    run: EvaluateRun, index: int, trained: TrainedRun, metrics: Sequence[Metric], splits: Sequence[Split], folder: Path
+) -> dict[str, object]:
+    contestant, size, device = run.contestants[index], _size(run), distributed.device()
+    encoders = Encoders.load(trained.base.encoders, device)
+    backbone = trained.backbone(encoders, contestant.step, run.weights, device)
+    sampling = trained.sampling_for(contestant)
+    keys = sample_keys(run.seed, run.samples)
+    parts = [slice(first, first + run.batch_size) for first in range(0, run.samples, run.batch_size)]
+    keep = index == 0 and any(isinstance(metric, FidelityConfig) for metric in run.metrics)
+
+    def drawn(split: Split, label: str, shown: list[Tensor]) -> Iterator[Batch]:
+        labels = _labels(run, trained, split)
+        check_request(encoders, trained.base, split.captions, labels, size, "clips.")
+        for number, part in enumerate(track(parts, label)):
+            captions, classes = split.captions[part], None if labels is None else labels[part]
+            videos = draw(backbone, encoders, trained.base, captions, classes, size, sampling, keys[part])
+            shown += [videos] if sum(map(len, shown)) < SHOWN else []
+            split.others += [videos] if keep else []
+            yield Batch(videos, captions, split.others[number] if split.others and index else None)
+
+    start, figures = time.monotonic(), {}
+    for split in splits:
+        stem, shown = f"{trained.path.name}-{sampling.sampler}{sampling.steps}-{split.name}", list[Tensor]()
+        rows = _rows(metrics, drawn(split, stem, shown))
+        figures[split.name] = _figures(metrics, rows, split.reference, run.per_caption)
+        contact_sheet(torch.cat(shown)[:SHOWN], _marked(split.captions[:SHOWN], metrics, rows), folder / f"{stem}.png")
+    name = f"{trained.path.name} {sampling.sampler} {sampling.steps} s={sampling.guidance.scale:g}"
+    weights = {"step": contestant.step, "weights": run.weights, "checkpoint": hash_of_weights(backbone)}
+    subject = {"run": str(trained.path), **weights, "sampling": sampling.model_dump(mode="json")}
+    seconds = (time.monotonic() - start) / (len(splits) * run.samples)
+    return {"name": name, "subject": subject, "seconds_per_clip": seconds, "figures": figures}
+
+
+def _labels(run: EvaluateRun, trained: TrainedRun, split: Split) -> list[int] | None:
+    if trained.base.backbone.num_classes is None:
+        return None
+    labels = [label for label in split.labels if label is not None]
+    if len(labels) < len(split.labels):
+        raise UserError(
+            f"{trained.path} is class-conditional: clips.name={run.clips.name} must give every clip a class label, and does not"
         )
-        verdicts = check_batch(videos.numpy(), [moving_shapes.parse(prompt) for prompt in prompts])
-        summaries[split] = summarise(verdicts)
-        marked = [f"{'ok' if verdict.all else 'NO'}: {prompt}" for verdict, prompt in zip(verdicts, prompts, strict=True)]
-        contact_sheet(videos[:12], marked[:12], folder / f"{trained.path.name}-{sampling.sampler}{sampling.steps}-{split}.png")
-    seconds = (time.monotonic() - start) / (2 * run.samples)
-    return Row(str(trained.path), sampling, summaries["train"], summaries["held_out"], seconds)
+    return labels
 
 
-def _draw_all(
-    run: EvaluateRun,
-    trained: TrainedRun,
-    encoders: Encoders,
-    backbone: torch.nn.Module,
-    sampling: SamplingConfig,
-    prompts: list[str],
-    label: str,
-) -> Tensor:
-    keys = sample_keys(run.seed, len(prompts))
-    parts = [slice(first, first + run.batch_size) for first in range(0, len(prompts), run.batch_size)]
-    return torch.cat([draw(backbone, encoders, trained.base, prompts[p], None, SIZE, sampling, keys[p]) for p in track(parts, label)])
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table: adherence to trained / held-out captions."""
-    names = ("shape", "colour", "direction", "speed", "mean", "size", "position", "all")
-    head = "| run | sampler | steps | guidance | " + " | ".join(names) + " | s/clip |"
-    lines = [head, "|" + "---|" * (len(names) + 5)]
-    for row in rows:
-        cells = [f"{row.train[name]:.3f} / {row.held_out[name]:.3f}" for name in names]
-        sampling = row.sampling
-        lines.append(
-            f"| {Path(row.run).name} | {sampling.sampler} | {sampling.steps} | s={sampling.guidance.scale:g} | "
-            + " | ".join(cells)
-            + f" | {row.seconds_per_clip:.3f} |"
-        )
-    return "\n".join(lines)
-
-
-def _as_json(row: Row) -> dict[str, object]:
-    values = {"run": row.run, "sampling": row.sampling.model_dump(mode="json"), "train": row.train, "held_out": row.held_out}
-    return values | {"seconds_per_clip": row.seconds_per_clip}
+def _marked(captions: Sequence[str], metrics: Sequence[Metric], rows: Sequence[Tensor | None]) -> list[str]:
+    """Captions, with the verdict of the exact checker if it was asked."""
+    for metric, verdicts in zip(metrics, rows, strict=True):
+        if metric.name == "adherence" and verdicts is not None:
+            return [f"{'ok' if verdict[-1] else 'NO'}: {caption}" for verdict, caption in zip(verdicts, captions)]
+    return list(captions)

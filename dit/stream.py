@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data_pipelines import randomness
 from data_pipelines.config import DataConfig, Source
 from data_pipelines.errors import UserError
 from data_pipelines.loader import RawPack, StepPacks, StepStream
@@ -20,6 +21,7 @@ from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
 from dit.diffusion import held_out_loss
 from dit.encoders import prepare
+from dit.engine.held_out import HeldOut
 from dit.models.flops import forward_flops
 from dit.runs import Encoders
 from dit.runtime import distributed
@@ -56,8 +58,8 @@ class Stream:
         """What will be trained on, before the first step."""
         return str(report(self.plan))
 
-    def held_out(self, config: ValidationConfig) -> Callable[[nn.Module], dict[str, float]]:
-        """A function that measures the loss at fixed noise on the first samples of a source that training does not see."""
+    def held_out(self, config: ValidationConfig) -> Callable[[nn.Module], HeldOut]:
+        """A function that measures the losses at fixed noise on the first samples of a source that training does not see."""
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
         data = self.config.model_copy(update={"sources": [source], "packs_per_step": 1, "num_workers": 0})
@@ -67,12 +69,13 @@ class Stream:
             packs.append(self.encode(next(stream).packs[0]))
         stream.close()
 
-        @torch.no_grad()
-        def measure(denoiser: nn.Module) -> dict[str, float]:
-            losses = held_out_loss(denoiser, packs, config.times)
-            return {"loss": sum(losses.values()) / len(losses)} | {f"loss_t/{t:g}": loss for t, loss in losses.items()}
-
-        return measure
+        real = torch.cat([pack.weights for pack in packs]).bool().cpu()
+        if not real.any():
+            raise UserError(f"validation.source={config.source}: not one of its first {len(real)} samples can be read")
+        keys, grids = [key for pack in packs for key in pack.keys], [grid for pack in packs for grid in pack.cond.grids]
+        shapes = ["x".join(map(str, grid)) for grid, is_real in zip(grids, real, strict=True) if is_real]
+        samples = f"{randomness.key('held out', *keys, *real.tolist()):016x}"
+        return lambda denoiser: HeldOut(held_out_loss(denoiser, packs, config.times)[:, real], config.times, shapes, samples)
 
     def _grid_of(self, facts: Facts) -> Grid | None:
         """Tokens (t, h, w) of a sample as the plan will deliver it."""

@@ -1,14 +1,15 @@
 """The five roots of the configuration, one a verb. Every knob of the system is in this folder or in data_pipelines/config.py."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from data_pipelines.config import DataConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
+from dit.config.evaluation import AdherenceConfig, Metric, ShapesClips, StoredClips
 from dit.config.objective import RectifiedFlowConfig, SamplingConfig
 
 
@@ -80,16 +81,35 @@ class SampleRun(Section):
 
 
 class EvaluateRun(Section):
-    """Caption adherence on moving shapes, measured by an exact checker."""
+    """Figures of one or more runs, each with a 95 % interval, and of the reference clips themselves: the floor."""
 
     contestants: Annotated[list[Contestant], Field(min_length=1)]
-    """What is compared: one row of the table each."""
+    """What is compared: one column of the table each."""
     weights: Literal["ema", "model"] = "ema"
+    clips: Annotated[ShapesClips | StoredClips, Field(discriminator="name")] = ShapesClips()
+    """Where captions and reference clips come from. Twice `samples` are read: the reference, and as many that are judged against it."""
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = (AdherenceConfig(),)
     samples: PositiveInt = 256
-    """Clips for trained captions, and as many for held-out ones."""
+    """Clips drawn for each split of the captions (shapes: trained ones and held-out ones)."""
+    per_caption: PositiveInt = 1
+    """Clips of each caption, from different noise."""
     out: str
     seed: NonNegativeInt = 1
     batch_size: PositiveInt = 64
+
+    @model_validator(mode="after")
+    def _metrics_fit(self) -> Self:
+        if self.samples % self.per_caption:
+            raise ValueError(f"samples={self.samples} is no multiple of per_caption={self.per_caption}: change either")
+        names = {metric.name for metric in self.metrics}
+        of_shapes = names & {"adherence", "positions"} | {getattr(m, "features", m).name for m in self.metrics} & {"attributes"}
+        if of_shapes and self.clips.name != "shapes":
+            raise ValueError(f"metrics: {', '.join(sorted(of_shapes))} judges moving shapes alone: leave it out, or set clips.name: shapes")
+        if "diversity" in names and self.per_caption == 1:
+            raise ValueError("metrics: diversity compares clips of one caption: set per_caption to 2 or more")
+        if (sets := names & {"frechet", "kernel", "precision_recall"}) and self.samples < 40:
+            raise ValueError(f"metrics: {', '.join(sorted(sets))} needs at least 40 samples, got samples={self.samples}")
+        return self
 
 
 __all__ = ["Contestant", "DistillRun", "EncodeRun", "EvaluateRun", "FitRun", "SampleRun", "TrainRun"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import DataBudgetExceeded
 from dit.config import FitRun
-from dit.engine import checkpoint
+from dit.engine import checkpoint, held_out
 from dit.engine.deepspeed import Engine
+from dit.engine.held_out import HeldOut
 from dit.engine.metrics import Records
 from dit.engine.progress import Progress, peak_flops
 from dit.engine.tally import Tally, Totals
@@ -58,13 +59,13 @@ def fit(
     losses_of: Callable[[Any, float], Losses],
     *,
     max_bad_fraction: float,
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    validate: Callable[[nn.Module], HeldOut] | None = None,
     preview: Callable[[nn.Module, int], Tensor | None] | None = None,
     flops_of: Callable[[Any], float] | None = None,
 ) -> FitResult:
     """Train until `train.samples`, or until asked to stop; either way the last step is saved.
 
-    losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same figures on all.
+    losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same losses on all.
     preview(module, step) draws on the first rank with the averaged weights; videos (B, T, H, W, 3) it returns go to TensorBoard.
     flops_of(pack): floating-point operations of its forward and backward pass.
     Raises NonFinite, DataBudgetExceeded, UserError (disk), on all ranks.
@@ -95,10 +96,9 @@ def fit(
 
             loss = totals.loss
             progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
-            _record(records, progress, engine, totals, grad_norm)
+            is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
+            _record(records, progress, engine, totals, grad_norm, validate(engine.module) if validate and is_due else None)
             budget.spend(totals.bad, batch.bad, engine.step)
-            if validate and run.validation and engine.step % run.validation.every_steps == 0:
-                records.scalars({f"val/{name}": value for name, value in validate(engine.module).items()}, engine.step)
             if preview and run.preview and engine.step % run.preview.every_steps == 0:
                 _draw(preview, engine, records)
 
@@ -141,9 +141,22 @@ class BadBudget:
             )
 
 
-def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, grad_norm: float) -> None:
+def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, grad_norm: float, losses: HeldOut | None) -> None:
     figures = {"loss": totals.loss, "grad_norm": grad_norm, "lr": engine.lr}
-    records.step({"step": engine.step, "samples_seen": engine.samples_seen, **figures, "ids_hash": totals.ids_hash, "bad": totals.bad})
+    line: dict[str, Any] = {
+        "step": engine.step,
+        "samples_seen": engine.samples_seen,
+        **figures,
+        "ids_hash": totals.ids_hash,
+        "bad": totals.bad,
+    }
+    if losses:
+        line["held_out"] = held_out.compared(losses, records.held_out)
+        cells = line["held_out"]["cells"]
+        records.scalars({f"val/{name}": value for name, value in held_out.scalars(cells).items()}, engine.step)
+        if records.is_writer:
+            log.info("held-out loss %.4g: %s", cells["all"]["loss"], held_out.in_words(cells["all"]))
+    records.step(line)
     if not progress.is_due(engine.step):
         return
     bins = {f"train/loss_t/{name}": value for name, value in totals.bins.items()}

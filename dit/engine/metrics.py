@@ -38,6 +38,8 @@ class Records:
         self.is_writer = is_writer
         self.bad_file = run_dir / "bad_samples.jsonl"
         self._step = step
+        self.held_out: Mapping[str, Any] | None = None
+        """What the last validation before this step recorded."""
         self._metrics: JsonLines | None = None
         self._bad: JsonLines | None = None
         self._board: Any = None
@@ -49,6 +51,8 @@ class Records:
             for name in ("samples", "tensorboard"):
                 (self.run_dir / name).mkdir(parents=True, exist_ok=True)
             self._metrics = JsonLines(self.run_dir / "metrics.jsonl", self._step)
+            validations = (json.loads(line)["held_out"] for line in reversed(self._metrics.kept) if '"held_out"' in line)
+            self.held_out = next(validations, None)
             self._bad = JsonLines(self.bad_file, self._step)
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._step + 1, flush_secs=20)
             self.status("running", self._step)
@@ -69,6 +73,7 @@ class Records:
     def step(self, record: Mapping[str, Any]) -> None:
         """One line of `metrics.jsonl`."""
         self._step = int(record["step"])
+        self.held_out = record.get("held_out", self.held_out)
         if self._metrics:
             self._metrics.write(record)
 

@@ -12,11 +12,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import sqrt
 
 import numpy as np
 
-from data_pipelines.moving_shapes import BACKGROUND, HEADINGS, PALETTE, RADII, SHAPES, SIDE, SPEEDS, Attributes, coverage, positions
+from data_pipelines.moving_shapes import (
+    BACKGROUND,
+    HEADINGS,
+    PALETTE,
+    RADII,
+    SHAPES,
+    SIDE,
+    SPEEDS,
+    Attributes,
+    coverage,
+    positions,
+    start_region,
+)
 
 CONTRAST_FLOOR = 0.3  # RGB distance from the background below which a pixel is noise
 VISIBLE_WEIGHT = 2.0  # least contrast (summed over pixels) with which a frame shows a shape at all
@@ -215,29 +226,47 @@ def check(video: np.ndarray, attributes: Attributes) -> Adherence:
     return check_batch(np.asarray(video)[None], [attributes])[0]
 
 
+# --- recovered space --------------------------------------------------------------------------------------------
+
+
+def recovered(videos: np.ndarray) -> np.ndarray:
+    """Place videos in the space of what the renderer draws from: (N, T, H, W, 3) -> (N, 11).
+
+    Centre in units of 8 pixels (2), velocity in pixels a frame (2), radius in units of 2 pixels, RGB (3), one-hot shape (3).
+    A clip that shows nothing is a shape of no kind and no size, in the colour of the background, at rest in the middle.
+    """
+    return np.array([_vector(seen) for seen in observe(videos)], np.float32)
+
+
+def _vector(seen: Observation) -> list[float]:
+    if not seen.visible:
+        return [SIDE / 16, SIDE / 16, 0, 0, 0, *BACKGROUND, 0, 0, 0]
+    x, y = seen.centre
+    return [x / 8, y / 8, *seen.velocity, RADII[seen.size] / 2, *PALETTE[seen.colour], *(float(seen.shape == name) for name in SHAPES)]
+
+
+def relative_starts(videos: np.ndarray, attributes: Sequence[Attributes]) -> np.ndarray:
+    """Where each video starts in the box of starts that its caption allows, (x, y) in [0, 1]^2 for a lawful one: (N, 2), NaN if invisible.
+
+    The renderer draws these uniformly, so a model that learned one clip for each caption shows here, and only here.
+    """
+    starts = np.full((len(videos), 2), np.nan, np.float32)
+    frames = np.shape(videos)[1]
+    for n, (seen, wanted) in enumerate(zip(observe(videos), attributes, strict=True)):
+        if seen.visible:
+            low, high = start_region(wanted, frames)
+            starts[n] = (np.array(seen.centre) - np.array(seen.velocity) * (frames - 1) / 2 - low) / (high - low)
+    return starts
+
+
 # --- reporting --------------------------------------------------------------------------------------------------
 
 
-def wilson_interval(rate: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Bound a proportion with 95 % confidence (Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953)."""
-    if count < 1:
-        raise ValueError(f"got count={count}, expected at least 1")
-    scale = 1 + z**2 / count
-    middle = (rate + z**2 / (2 * count)) / scale
-    half = z / scale * sqrt(rate * (1 - rate) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def summarise(adherences: Sequence[Adherence]) -> dict:
-    """Average over clips: one rate an attribute, `all`, `mean` (of shape, colour, direction, speed), `count`, `intervals`.
-
-    `intervals` holds the Wilson 95 % interval of every rate. That of `mean` counts each clip once, which is
-    conservative: its four attributes are not independent.
-    """
+    """Average over clips: one rate an attribute, `all`, `mean` (of shape, colour, direction, speed), `count`."""
     if not adherences:
         raise ValueError("got no clips to summarise")
     names = [field.name for field in fields(Adherence)] + ["all"]
     rates = {name: float(np.mean([getattr(adherence, name) for adherence in adherences])) for name in names}
     rates["mean"] = float(np.mean([rates[name] for name in ("shape", "colour", "direction", "speed")]))
-    intervals = {name: wilson_interval(rate, len(adherences)) for name, rate in rates.items()}
-    return {**rates, "count": len(adherences), "intervals": intervals}
+    return {**rates, "count": len(adherences)}

@@ -54,7 +54,7 @@ def held_out_loss(out: Path) -> float:
     encoders = Encoders.load(run.encoders, torch.device("cpu"))
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
     measure = stream.held_out(run.validation.model_copy(update={"times": TIMES}))
-    return measure(trained.backbone(encoders, None, "ema", torch.device("cpu")))["loss"]
+    return float(measure(trained.backbone(encoders, None, "ema", torch.device("cpu"))).losses.mean())
 
 
 def train(config: str, out: Path, samples: int, *overrides: str) -> float:

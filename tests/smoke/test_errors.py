@@ -237,6 +237,8 @@ def test_sample_of_a_class_model(forks: Forks, train: Callable[..., Done], tmp_p
     assert_one_message(sample(forks, tmp_path, run), CONFIG, "num_classes=3", "give labels")
     assert_one_message(sample(forks, tmp_path, run, labels=[3]), CONFIG, "labels has 3, expected 0 to 2")
     sample(forks, tmp_path, run, labels=[2]).ok()
+    (tmp_path / "evaluate.yaml").write_text(f"contestants: [{{run: {run}}}]\nsamples: 2\nout: {tmp_path}/judged\n")
+    assert_one_message(forks.run("evaluate", str(tmp_path / "evaluate.yaml")), CONFIG, "class-conditional", "clips.name=shapes")
 
 
 def test_classes_and_labels_that_do_not_fit(train: Callable[..., Done], class_latents: Path) -> None:

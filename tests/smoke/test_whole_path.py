@@ -43,7 +43,13 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preview = {**PREVIEW, "sampling": {"steps": 2}}
     both = [{"run": str(teacher)}, {"run": str(student)}]
     sample = {"contestants": both, "prompts": PROMPTS, "size": [FRAMES, 32, 32], "out": str(root / "drawn")}
-    evaluate = {"contestants": both, "samples": 4, "out": str(root / "evaluation")}
+    random_conv = {"name": "random_conv"}
+    wanted = [
+        {"name": "adherence"},
+        {"name": "positions"},
+        *({"name": name, "features": random_conv} for name in ("diversity", "fidelity")),
+    ]
+    evaluate = {"contestants": both, "samples": 8, "per_caption": 2, "metrics": wanted, "out": str(root / "evaluation")}
     for command in (
         ("data_pipelines", "shapes", str(root / "clips"), "--clips", "48", "--shard-samples", "16", "--processes", "1"),
         ("dit", "encode", str(write_json_as_yaml(root / "encode.yaml", encode))),
@@ -110,6 +116,21 @@ def test_records_of_a_run(path: Path, run: str) -> None:
     assert "48 samples" in (folder / "data.txt").read_text()
 
 
+def test_validations_are_recorded_sample_by_sample_and_compared(forks: Forks, path: Path, tmp_path: Path) -> None:
+    first, second = (line["held_out"] for line in metrics(path / "teacher") if "held_out" in line)
+    assert list(first["cells"]) == ["all", "t=0.3", "t=0.7"]
+    losses = [np.array(record["losses"]) for record in (first, second)]
+    assert losses[0].shape == losses[1].shape
+    assert second["cells"]["t=0.7"]["change"] == pytest.approx((losses[1] - losses[0])[1].mean())
+    assert "change" not in first["cells"]["all"]
+    # cut off after the first validation and taken up again, the run compares with what it recorded before
+    shutil.copytree(path / "teacher", tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "teacher" / "checkpoints" / "step-00000006")
+    done = forks.run("train", str(path / "teacher.yaml"), f"out={tmp_path / 'teacher'}").ok()
+    assert metrics(tmp_path / "teacher") == metrics(path / "teacher")
+    assert "held-out loss" in done.out + done.err
+
+
 def test_the_resolved_config_is_the_same_run(path: Path) -> None:
     resolved = {name: str(path / name / "config.resolved.yaml") for name in ("teacher", "student")}
     assert load_run(TrainRun, resolved["teacher"]) == load_run(TrainRun, str(path / "teacher.yaml"))
@@ -126,6 +147,7 @@ def test_tensorboard_can_be_read(path: Path) -> None:
     losses = {line["step"]: line["loss"] for line in metrics(path / "teacher")}
     assert {point.step: point.value for point in board.Scalars("train/loss")} == pytest.approx({s: losses[s] for s in (2, 4, 6)})
     assert [point.step for point in board.Scalars("val/loss")] == [3, 6]
+    assert [point.step for point in board.Scalars("val/change_t/0.3")] == [6]
     assert any(tag.startswith("samples/") for tag in tags["images"])
 
 
@@ -165,13 +187,23 @@ def test_drawn_videos(path: Path) -> None:
 
 def test_evaluation(path: Path) -> None:
     results = json.loads((path / "evaluation" / "results.json").read_text())
-    assert [Path(row["run"]).name for row in results["rows"]] == ["teacher", "student"]
-    assert [row["sampling"]["sampler"] for row in results["rows"]] == ["euler", "consistency"]
+    *judged, floor = results["rows"]
+    assert [Path(row["subject"]["run"]).name for row in judged] == ["teacher", "student"]
+    assert [row["subject"]["sampling"]["sampler"] for row in judged] == ["euler", "consistency"]
     for row in results["rows"]:
         for split in ("train", "held_out"):
-            assert 0 <= row[split]["all"] <= row[split]["mean"] <= 1
+            figures = row["figures"][split]
+            assert 0 <= figures["adherence/all"]["value"] <= figures["adherence/mean"]["value"] <= 1
+            assert figures["adherence/all"]["low"] <= figures["adherence/all"]["value"] <= figures["adherence/all"]["high"]
+    assert floor["figures"]["held_out"]["adherence/all"]["value"] == 1
+    assert floor["figures"]["held_out"]["positions/spread"]["value"] > 0.3
+    assert "fidelity/random_conv/psnr" not in judged[0]["figures"]["train"]
+    assert 0 < judged[1]["figures"]["train"]["fidelity/random_conv/psnr"]["value"] < 100
+    assert judged[0]["subject"]["checkpoint"] != judged[1]["subject"]["checkpoint"]
+    assert results["protocol"]["metrics"]["fidelity/random_conv"]["features"]["weights"]
     table = (path / "evaluation" / "table.md").read_text()
-    assert len(table.strip().splitlines()) == 4
+    assert "| adherence/shape | " in table
+    assert table.splitlines()[0].endswith("| reference |")
     for file in (path / "evaluation").glob("*.png"):
         assert_shows_something(Image.open(file))
     assert len(list((path / "evaluation").glob("*.png"))) == 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import moving_shapes as ms
-from dit.evaluation.moving_shapes import Adherence, check, check_batch, judge, observe, summarise, wilson_interval
+from dit.evaluation.moving_shapes import Adherence, check, check_batch, judge, observe, recovered, relative_starts, summarise
 
 COUNT = 512
 
@@ -138,17 +138,6 @@ def test_what_is_no_video_is_refused(video, message, attributes):
         check(video, attributes[0])
 
 
-def test_wilson_intervals_match_published_values():
-    # Newcombe (1998), Statistics in Medicine 17, table I, method 3.
-    for successes, count, low, high in [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ]:
-        np.testing.assert_allclose(wilson_interval(successes / count, count), (low, high), atol=6e-5)
-
-
 def test_the_summary_averages_what_it_says():
     perfect, blind = Adherence(*[True] * 8), Adherence(*[False] * 8)
     red_only = replace(blind, colour=True)
@@ -157,6 +146,25 @@ def test_the_summary_averages_what_it_says():
     assert summary["shape"] == 0.5
     assert summary["all"] == 0.5
     assert summary["mean"] == (0.5 + 0.75 + 0.5 + 0.5) / 4
-    assert summary["intervals"]["all"] == wilson_interval(0.5, 4)
     with pytest.raises(ValueError):
         summarise([])
+
+
+def test_the_recovered_space_holds_the_truth(videos, clips):
+    vectors = recovered(videos[:64])
+    for vector, clip in zip(vectors, clips):
+        expected, a = ms.trajectory(clip.attributes, clip.start), clip.attributes
+        np.testing.assert_allclose(vector[:2] * 8, expected.mean(0), atol=0.05)
+        np.testing.assert_allclose(vector[2:4], expected[1] - expected[0], atol=0.02)
+        np.testing.assert_allclose(vector[4:8], [ms.RADII[a.size] / 2, *ms.PALETTE[a.colour]], rtol=1e-6)
+        assert [name for name, is_it in zip(ms.SHAPES, vector[8:], strict=True) if is_it] == [a.shape]
+    nothing = recovered(np.full_like(videos[:1], 15))[0]
+    np.testing.assert_allclose(nothing, [2, 2, 0, 0, 0, *ms.BACKGROUND, 0, 0, 0], rtol=1e-6)
+
+
+def test_relative_starts_are_the_renderers(videos, clips, attributes):
+    starts = relative_starts(np.concatenate([videos[:64], np.zeros_like(videos[:1])]), [*attributes[:64], attributes[0]])
+    assert np.isnan(starts[64]).all()
+    for start, clip in zip(starts[:64], clips):
+        low, high = ms.start_region(clip.attributes)
+        np.testing.assert_allclose(low + start * (high - low), clip.start, atol=0.1)
