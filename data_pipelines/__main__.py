@@ -15,7 +15,11 @@ _LISTED = 20  # problems printed one by one; the rest is counted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in options or any(item.startswith("-") or "=" not in item for item in rest)):
+        parser.error(f"not understood: {' '.join(rest)}")
+    options.overrides = [*getattr(options, "overrides", []), *rest]  # argparse leaves those that follow an option
     commands = {"ingest": _ingest, "shapes": _shapes, "check": _check, "show": _show, "stats": _stats}
     try:
         commands[options.command](options)

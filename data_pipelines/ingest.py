@@ -123,7 +123,8 @@ def _examine(listing: Listing, config: IngestConfig, journal: Path) -> None:
     Files are shuffled, so that each shard is a mixture.
     """
     keys = listing.keys()
-    files = sorted(listing.files, key=lambda file: (randomness.key("ingest", file.name), file.name))
+    names = {file.name: file.name.encode("utf-8", "backslashreplace").decode() for file in listing.files}  # names may hold any bytes
+    files = sorted(listing.files, key=lambda file: (randomness.key("ingest", names[file.name]), file.name))
     done = _whole_lines(journal)
     stages = build_stages(config) if done < len(files) else []
     progress = Progress(len(files), "examining", "files")

@@ -19,6 +19,7 @@ from data_pipelines.samples import MAX_CAPTION_BYTES, BadSample
 
 _NAMES = {"path": ("path", "file", "video", "image"), "caption": ("caption", "text")}
 _MAX_EXTRA_BYTES = 1 << 16  # of all further columns of a row
+_FOREVER = 1e9  # seconds; JSON has no infinity
 _MAX_LINE = 4 << 20  # characters; a longer line is read in parts, none of which is JSON
 
 Row = Mapping[str, Any]
@@ -59,14 +60,17 @@ def _file(folder: Path, row: Row) -> RawFile:
     if caption is not None and (not isinstance(caption, str) or len(caption) > MAX_CAPTION_BYTES):
         raise BadSample("caption is not a text of at most 1 MiB")
     start, end = _seconds(row.get("start"), 0.0), _seconds(row.get("end"), math.inf)
-    span = None if (start, end) == (0.0, math.inf) else (start, min(end, 1e9))
+    span = None if (start, end) == (0.0, math.inf) else (start, min(end, _FOREVER))
     if span and not span[0] < span[1]:
         raise BadSample(f"start {start} is not before end {end}")
     taken = {*_NAMES["path"], *_NAMES["caption"], "class", "label", "start", "end"}
     extra = {key: value for key, value in row.items() if isinstance(key, str) and key not in taken and value not in (None, "")}
     if len(json.dumps(extra, default=str)) > _MAX_EXTRA_BYTES:
         raise BadSample("further columns of more than 64 KiB")
-    name = named["path"] if span is None else f"{named['path'].rpartition('.')[0]}@{span[0]:g}-{span[1]:g}{path.suffix}"
+    name = named["path"]
+    if span is not None:
+        until = "end" if span[1] == _FOREVER else f"{span[1]:g}"
+        name = f"{name.rpartition('.')[0]}@{span[0]:g}-{until}{path.suffix}"
     number = None if label in (None, "") else _whole(label)
     return RawFile(name, Place(str(path)), caption, row.get("class") or None, number, span, json.loads(json.dumps(extra, default=str)))
 

@@ -114,7 +114,8 @@ def _opened(source: bytes | Path, extension: str) -> Iterator[InputContainer]:
             context.thread_count = 1
             yield container
     except av.error.FFmpegError as error:
-        raise BadSample(f"video cannot be decoded ({type(error).__name__})") from error
+        early = isinstance(error, av.error.EOFError)
+        raise BadSample("video ends too early" if early else f"video cannot be decoded ({type(error).__name__})") from error
 
 
 def _frame_rate(rate: Fraction | None) -> float | None:

@@ -123,8 +123,8 @@ def cut(whole: Candidate, config: IngestConfig) -> Iterator[Candidate]:
         for clip in clips:
             indices = tuple(clip.tolist())
             span = (round(float(times[indices[0]]), 4), round(float(times[indices[-1] + 1]), 4))
-            yield replace(scene, key=f"{whole.key}-{made:05d}", indices=indices, fps=fps, span=span)
-            made += 1
+            yield replace(scene, key=f"{whole.key}@{made:05d}", indices=indices, fps=fps, span=span)
+            made += 1  # no key of a file has an "@", so none is that of a clip
     if failure is not None:
         yield replace(whole, span=(float(times[scenes[-1][1] if scenes else 0]), float(times[-1])), dropped=failure)
 

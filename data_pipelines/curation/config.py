@@ -16,19 +16,26 @@ class Scenes(Section):
 
     detector: Literal["content", "adaptive"] = "content"
     """content: a jump in hue, saturation and brightness; adaptive: a jump that stands out from its surroundings, for shaking cameras."""
-    threshold: PositiveFloat = 27.0
-    """Size of the jump: 27 is usual for content, 3 for adaptive."""
+    threshold: PositiveFloat | None = None
+    """Size of the jump; None: 27 for content, 3 for adaptive."""
     min_seconds: PositiveFloat = 0.5
     """Shorter scenes are joined with their neighbour."""
     margin_frames: Annotated[int, Field(ge=0)] = 0
     """Frames left out on either side of every cut, for cross-fades."""
+
+    @property
+    def jump(self) -> float:
+        """The threshold that holds."""
+        return self.threshold or {"content": 27.0, "adaptive": 3.0}[self.detector]
 
 
 class Bounds(Section):
     """A score of every clip, kept in the index; clips outside the bounds are dropped. Without bounds it is only kept."""
 
     min: float | None = None
+    """Clips below are dropped."""
     max: float | None = None
+    """Clips above are dropped."""
 
     def verdict(self, name: str, score: float) -> str | None:
         """Why a clip with this score is dropped, None if it is kept."""
@@ -110,8 +117,8 @@ class PerceptualHash(Section):
     """Near-duplicates by 64 bits of the coarse structure of the first, middle and last frame."""
 
     name: Literal["perceptual_hash"]
-    max_distance: Distance = 3
-    """Bits in which two frames of duplicates may differ."""
+    max_distance: Distance = 4
+    """Bits in which two frames of duplicates may differ: another size or JPEG quality costs up to 4, another picture 12 and more."""
     within_file: bool = False
     """Whether clips of one video are compared with each other too."""
 

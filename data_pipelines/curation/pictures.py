@@ -8,7 +8,8 @@ import numpy as np
 from data_pipelines.curation.candidates import Candidate, Look
 from data_pipelines.video import Frames
 
-_SAME = 0.5 / 255  # mean difference below which a frame repeats another: compression changes less than that
+_SAME = 2 / 255  # difference of the means of every block of 8 x 8 below which a frame repeats another: compression changes less
+_BLOCK = 8
 
 
 def luma(frame: Frames) -> np.ndarray:
@@ -28,15 +29,17 @@ def contrast(_: Candidate, look: Look) -> float:
 
 def change(_: Candidate, look: Look) -> float | None:
     """Mean absolute difference of consecutive frames."""
-    steps = _differences(look)
-    return float(np.mean(steps)) if steps else None
+    return float(np.mean([np.abs(luma(a) - luma(b)).mean() for a, b in look.pairs])) if look.pairs else None
 
 
 def repeats(_: Candidate, look: Look) -> float | None:
-    """Fraction of consecutive frames that are the same."""
-    steps = _differences(look)
-    return float(np.mean([step < _SAME for step in steps])) if steps else None
+    """Fraction of consecutive frames that are the same everywhere: slow or small motion is no repeat."""
+    return float(np.mean([np.abs(_blocks(a) - _blocks(b)).max() < _SAME for a, b in look.pairs])) if look.pairs else None
 
 
-def _differences(look: Look) -> list[float]:
-    return [float(np.abs(luma(a) - luma(b)).mean()) for a, b in look.pairs]
+def _blocks(frame: Frames) -> np.ndarray:
+    """Mean brightness of each block, edges repeated: (h, w, 3) -> (ceil(h / 8), ceil(w / 8))."""
+    bright = luma(frame)
+    height, width = (-side % _BLOCK for side in bright.shape)
+    bright = np.pad(bright, ((0, height), (0, width)), mode="edge")
+    return bright.reshape(bright.shape[0] // _BLOCK, _BLOCK, -1, _BLOCK).mean((1, 3))

@@ -21,9 +21,9 @@ def find_scenes(source: bytes | Path, extension: str, facts: VideoFacts, config:
     shortest = max(1, round(config.min_seconds * fps))
     match config.detector:
         case "content":
-            detector = detectors.ContentDetector(threshold=config.threshold, min_scene_len=shortest)
+            detector = detectors.ContentDetector(threshold=config.jump, min_scene_len=shortest)
         case "adaptive":
-            detector = detectors.AdaptiveDetector(adaptive_threshold=config.threshold, min_scene_len=shortest)
+            detector = detectors.AdaptiveDetector(adaptive_threshold=config.jump, min_scene_len=shortest)
     cuts, read, failure = [], 0, None
     try:
         for picture in frames_at(source, extension, range(len(facts.times)), _SIDE):
