@@ -8,12 +8,15 @@ from PIL import Image, ImageDraw
 from data_pipelines.curation.candidates import Candidate, Look
 from data_pipelines.extras import optional
 
+# One thread, as every stage: what uses a machine with many cores is many processes.
+_PARAMS = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
+
 
 class TextArea:
     """Callable as a score."""
 
     def __init__(self) -> None:
-        self.finder: Any = optional("rapidocr", "the stage text_area").RapidOCR(params={"Global.log_level": "critical"})
+        self.finder: Any = optional("rapidocr", "the stage text_area").RapidOCR(params=_PARAMS)
 
     def __call__(self, _: Candidate, look: Look) -> float:
         """Fraction of the middle frame that lies in boxes of text."""
