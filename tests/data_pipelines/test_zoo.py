@@ -128,6 +128,8 @@ def files(secret: Path, port: int) -> dict[str, tuple[bytes, str]]:
         "vector.png": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>touch pwned</script></svg>', "not a JPEG, PNG, WEBP image"),
         "pickle.jpg": (opener, "not a JPEG, PNG, WEBP image"),
         "film.mp4": (mp4, KEPT),
+        "film-00000.png": (image("PNG"), KEPT),  # not the key of the film's first clip
+        "film@00000.png": (image("PNG"), KEPT),
         "turned.mp4": (turned(), KEPT),
         "odd.mp4": (encode_mp4(CLIP[:, :33, :47], 10.0, "lossless"), KEPT),
         "tiny.mp4": (encode_mp4(CLIP[:, :2, :2], 10.0, "lossless"), KEPT),
