@@ -23,7 +23,7 @@ from data_pipelines.progress import Progress
 from data_pipelines.raw_files import Listing, RawFile
 from data_pipelines.samples import BadSample
 from data_pipelines.shard_plan import PLAN, SAMPLES, SHARDS, ShardPlan, Skipped, write_shard
-from data_pipelines.shard_set import claim, complete, write_json
+from data_pipelines.shard_set import SETTINGS, claim, complete, write_json
 from data_pipelines.storage import published
 
 RECORD = "ingest.json"
@@ -97,12 +97,20 @@ def prepare(source: str, out: Path, config: IngestConfig, spool: Path) -> ShardP
     _examine(listing, config, out / PLAN / _EXAMINED)
     plan = _plan(listing, config, out / PLAN)
     if not plan.samples:
-        shutil.rmtree(out)
-        spool.unlink(missing_ok=True)
+        _unclaim(out, spool)
         reasons = dict(Counter(reason for _, reason in plan.skipped))
         raise UserError(f"SRC = {source!r}: none of its {len(listing.files)} images and videos is usable: {reasons}")
     write_json(out / PLAN / SHARDS, asdict(plan))
     return plan
+
+
+def _unclaim(out: Path, spool: Path) -> None:
+    """Leave nothing of a set without samples; what else is in the folder is not ours."""
+    shutil.rmtree(out / PLAN)
+    (out / SETTINGS).unlink()
+    spool.unlink(missing_ok=True)
+    if not any(out.iterdir()):
+        out.rmdir()
 
 
 def _with_captions(listing: Listing, captions: str | None) -> Listing:

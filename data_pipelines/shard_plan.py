@@ -11,6 +11,7 @@ import numpy as np
 
 from data_pipelines.curation.candidates import Candidate
 from data_pipelines.decode import decode_image, encode_png, fit, is_plain
+from data_pipelines.errors import UserError
 from data_pipelines.index import ShardIndex
 from data_pipelines.raw_files import MAX_IMAGE_BYTES, Place, RawFile
 from data_pipelines.samples import MAX_CAPTION_BYTES, BadSample, Facts
@@ -67,7 +68,13 @@ def write_shard(out: Path, number: int) -> ShardIndex:
 
 
 def _write_file(shard: ShardWriter, samples: Sequence[Candidate], size: tuple[int, int] | None) -> None:
-    """Write the samples of one file, a video in a single pass; those from the first that cannot be read on are left out."""
+    """Write the samples of one file, a video in a single pass; those from the first that cannot be read on are left out.
+
+    A file that has gone since it was examined is no bad sample: a disk that is not mounted must not make an empty shard.
+    """
+    place = samples[0].file.place.address
+    if "://" not in place and not Path(place).is_file():
+        raise UserError(f"{place} was there when the source was examined and is missing now; bring it back and start the command again")
     done = 0
     try:
         for sample, (extension, data, facts) in zip(samples, _contents(samples, size)):

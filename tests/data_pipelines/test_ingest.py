@@ -17,6 +17,7 @@ from data_pipelines import ingest as ingest_module
 from data_pipelines import moving_shapes
 from data_pipelines.__main__ import main
 from data_pipelines.config import DataConfig
+from data_pipelines.errors import UserError
 from data_pipelines.histograms import _panel, histograms
 from data_pipelines.index import index_path, read_index
 from data_pipelines.loader import StepStream
@@ -135,6 +136,28 @@ def test_any_process_may_write_any_shard(tmp_path, photos):
         else:
             write_shard(tmp_path / "b", number)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_a_source_that_went_away_makes_no_empty_shards(tmp_path, photos, capsys):
+    assert run("ingest", photos, tmp_path / "out", "--shard-samples", 4) == 0
+    for path in (tmp_path / "out").glob("shard-000001*"):
+        path.unlink()
+    before = snapshot(tmp_path / "out")
+    photos.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="is missing now"):
+        write_shard(tmp_path / "out", 1)
+    assert snapshot(tmp_path / "out") == before
+    (tmp_path / "away").rename(photos)
+    assert run("ingest", photos, tmp_path / "out", "--shard-samples", 4) == 0
+
+
+def test_nothing_of_the_users_is_removed_where_nothing_is_usable(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("x")
+    assert run("ingest", tmp_path / "src", tmp_path / "out") == 2
+    assert snapshot(tmp_path / "out") == {Path("precious.txt"): b"x"}
 
 
 @pytest.mark.parametrize(("captions", "expected"), [("class-name", "a photo of a dog"), ("one {class}, seen", "one dog, seen"), ("x", "x")])

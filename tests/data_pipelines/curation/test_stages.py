@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -102,6 +103,15 @@ def test_scenes_begin_where_the_picture_changes(detector):
     assert find_scenes(data, "mp4", facts, Scenes(detector=detector, threshold=200))[0] == [(0, 60)]
 
 
+def test_the_cuts_of_a_real_video_are_where_the_eye_sees_them(shared_data):
+    """A cross-fade that begins at frame 127 and a hard cut between 201 and 202."""
+    pytest.importorskip("scenedetect")
+    path = shared_data / "videos" / "nasa_13013.mp4"
+    (_, fade), (_, cut), (_, end) = find_scenes(path, "mp4", examine(path, "mp4"), Scenes())[0]
+    assert 127 <= fade <= 132
+    assert (cut, end) == (202, 325)
+
+
 def clips_of(tmp_path, frames, **config):
     write_mp4(tmp_path / "a.mp4", scene(frames, step=1), 10, lossless=True)
     whole = Candidate("a", RawFile("a.mp4", Place(str(tmp_path / "a.mp4"))))
@@ -166,6 +176,29 @@ def test_a_film_keeps_its_moving_scenes_and_says_why_not_the_others(tmp_path, fi
     assert "1 x brightness below 0.02: film.mp4 1.00-1.75 s" in capsys.readouterr().out
     assert main([*arguments, "stages=[]"]) == 2  # another config into the same folder
     assert "stages: there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scenes", ["null", "{}"])
+def test_a_film_that_breaks_off_gives_what_can_be_read(tmp_path, scenes):
+    pytest.importorskip("scenedetect")
+    with av.open(str(tmp_path / "whole.mkv"), "w") as file:
+        stream = file.add_stream("ffv1", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for frame in scene(40, step=2):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        file.mux(stream.encode(None))
+    data = bytearray((tmp_path / "whole.mkv").read_bytes())
+    middle = len(data) * 6 // 10
+    data[middle : middle + 4000] = RANDOM.integers(0, 256, 4000, np.uint8).tobytes()
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "broken.mkv").write_bytes(data)
+    arguments = ["ingest", str(tmp_path / "src"), str(tmp_path / "out"), "--clip-frames", "9", f"scenes={scenes}", "stages=[{name: change}]"]
+    assert main(arguments) == 0
+    record = json.loads((tmp_path / "out" / "ingest.json").read_text())
+    assert record["samples"] == 2  # frames 0 to 17; the damage begins in frame 24
+    assert record["skipped"]
+    assert all(what.startswith("broken.mkv") for what, _ in record["skipped"])
+    assert main(["check", str(tmp_path / "out")]) == 0
 
 
 def test_lineage_is_in_the_shard_itself(tmp_path, film):
