@@ -67,7 +67,7 @@ def test_change_and_repeats_look_at_neighbours_only():
 @pytest.mark.parametrize(("height", "width"), [(128, 192), (256, 192)])
 @pytest.mark.parametrize("step", [1, 4])
 def test_motion_is_the_known_shift_in_shorter_sides_a_second(height, width, step):
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", exc_type=ImportError)
     frames = scene(3, height, width, step)
     expected = step / min(height, width) * 10.0
     # The edge that comes in is not followed; and flow is no better than a fifth of a pixel of the picture that it is computed on.
@@ -77,7 +77,7 @@ def test_motion_is_the_known_shift_in_shorter_sides_a_second(height, width, step
 
 
 def test_text_area_finds_the_text_and_only_it():
-    pytest.importorskip("rapidocr")
+    pytest.importorskip("rapidocr", exc_type=ImportError)
     from data_pipelines.curation.text_area import TextArea
 
     page = Image.new("RGB", (320, 180), "navy")
@@ -91,7 +91,7 @@ def test_text_area_finds_the_text_and_only_it():
 
 @pytest.mark.parametrize("detector", ["content", "adaptive"])
 def test_scenes_begin_where_the_picture_changes(detector):
-    pytest.importorskip("scenedetect")
+    pytest.importorskip("scenedetect", exc_type=ImportError)
     video = np.concatenate([scene(20, step=1), 255 - scene(15, step=1) // 2, scene(25, step=1) // 3])
     data = encode_mp4(video, 10.0, "archive")
     facts = examine(data, "mp4")
@@ -105,7 +105,7 @@ def test_scenes_begin_where_the_picture_changes(detector):
 
 def test_the_cuts_of_a_real_video_are_where_the_eye_sees_them(shared_data):
     """A cross-fade that begins at frame 127 and a hard cut between 201 and 202."""
-    pytest.importorskip("scenedetect")
+    pytest.importorskip("scenedetect", exc_type=ImportError)
     path = shared_data / "videos" / "nasa_13013.mp4"
     (_, fade), (_, cut), (_, end) = find_scenes(path, "mp4", examine(path, "mp4"), Scenes())[0]
     assert 127 <= fade <= 132
@@ -142,8 +142,8 @@ def test_every_clip_sees_its_own_frames(tmp_path):
 @pytest.fixture
 def film(tmp_path):
     """12 frames each: moving, black, still, moving at half the rate, moving again."""
-    pytest.importorskip("scenedetect")
-    pytest.importorskip("cv2")
+    pytest.importorskip("scenedetect", exc_type=ImportError)
+    pytest.importorskip("cv2", exc_type=ImportError)
     halved = scene(6, step=2).repeat(2, axis=0)
     parts = [scene(12, step=2), flat(0, 12), scene(12), 255 - halved // 2, scene(12, step=2) // 2]
     (tmp_path / "src").mkdir()
@@ -180,7 +180,7 @@ def test_a_film_keeps_its_moving_scenes_and_says_why_not_the_others(tmp_path, fi
 
 @pytest.mark.parametrize("scenes", ["null", "{}"])
 def test_a_film_that_breaks_off_gives_what_can_be_read(tmp_path, scenes):
-    pytest.importorskip("scenedetect")
+    pytest.importorskip("scenedetect", exc_type=ImportError)
     with av.open(str(tmp_path / "whole.mkv"), "w") as file:
         stream = file.add_stream("ffv1", rate=10)
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
@@ -192,7 +192,7 @@ def test_a_film_that_breaks_off_gives_what_can_be_read(tmp_path, scenes):
     data[middle : middle + 4000] = RANDOM.integers(0, 256, 4000, np.uint8).tobytes()
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "broken.mkv").write_bytes(data)
-    arguments = ["ingest", str(tmp_path / "src"), str(tmp_path / "out"), "--clip-frames", "9", f"scenes={scenes}", "stages=[{name: change}]"]
+    arguments = ["ingest", str(tmp_path / "src"), str(tmp_path / "out"), f"scenes={scenes}", "stages=[{name: change}]"]
     assert main(arguments) == 0
     record = json.loads((tmp_path / "out" / "ingest.json").read_text())
     assert record["samples"] == 2  # frames 0 to 17; the damage begins in frame 24
