@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     ingest.add_argument("source", metavar="SRC", help="folder, .tar(.gz), manifest (.csv, .jsonl, .parquet) or folder of WebDataset tars")
     ingest.add_argument("out", type=Path, metavar="OUT", help="folder of the shards; the same command resumes")
     ingest.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, with a YAML value")
-    ingest.add_argument("--config", help="YAML file of an IngestConfig (docs/reference/config.md); the options below go before it")
+    ingest.add_argument("--config", help="YAML file of an IngestConfig (docs/reference/config.md); options and key=value override it")
     ingest.add_argument("--captions", help='"sidecar", "class-name", or a text in which {class} is replaced (default: by what SRC is)')
     ingest.add_argument("--shard-samples", type=int, help="samples of a shard (default: 1000)")
     ingest.add_argument("--clip-frames", type=_numbers, help="frames that videos are cut into (default: 9); several as 33,9")

@@ -51,15 +51,18 @@ class IngestReport:
 
 def ingest(source: str, out: Path, config: IngestConfig) -> IngestReport:
     """Make shards of `source` in `out`, with a record in `ingest.json`. Raises UserError if nothing in it is usable."""
-    spool = out.absolute().parent / f".{out.name}.unpacked.tar"
-    plan = prepare(source, out, config, spool)
+    try:
+        plan = prepare(source, out, config)
+    except UserError:
+        unpacked_place(source, out).unlink(missing_ok=True)
+        raise
     missing = [number for number in range(plan.shards) if complete(out, number) is None]
     progress = Progress(plan.samples, "writing", "samples")
     progress.advance(plan.samples - sum(plan.count(number) for number in missing))
     for number in missing:
         write_shard(out, number)
         progress.advance(plan.count(number))
-    spool.unlink(missing_ok=True)
+    unpacked_place(source, out).unlink(missing_ok=True)
     report = _report(out, plan)
     write_json(out / RECORD, {**asdict(report), "reasons": report.reasons})
     if not report.samples:
@@ -70,13 +73,17 @@ def ingest(source: str, out: Path, config: IngestConfig) -> IngestReport:
 # --- examining --------------------------------------------------------------------------------------------------
 
 
-def prepare(source: str, out: Path, config: IngestConfig, spool: Path) -> ShardPlan:
-    """Examine `source` and fix the samples of every shard in `out`, or find that this is done. Raises UserError.
+def unpacked_place(source: str, out: Path) -> Path:
+    """Where a compressed archive lies unpacked, beside `out`, from examining it until all shards are written."""
+    tag = identity(source)[:12] if source.lower().endswith("gz") else "none"
+    return out.absolute().parent / f".{out.name}.{tag}.tar"
 
-    spool: file that a compressed archive is unpacked to; it must stay until all shards are written.
-    """
+
+def prepare(source: str, out: Path, config: IngestConfig) -> ShardPlan:
+    """Examine `source` and fix the samples of every shard in `out`, or find that this is done. Raises UserError."""
     if "://" not in source and not Path(source).exists():
         raise UserError(f"SRC = {source!r}: no such file or folder; {EXPECTED}")
+    spool = unpacked_place(source, out)
     settings = {"made_by": "ingest", **config.model_dump(mode="json"), "source": identity(source)}
     if (out / PLAN / SHARDS).is_file():
         claim(out, settings)
@@ -97,18 +104,17 @@ def prepare(source: str, out: Path, config: IngestConfig, spool: Path) -> ShardP
     _examine(listing, config, out / PLAN / _EXAMINED)
     plan = _plan(listing, config, out / PLAN)
     if not plan.samples:
-        _unclaim(out, spool)
+        _unclaim(out)
         reasons = dict(Counter(reason for _, reason in plan.skipped))
         raise UserError(f"SRC = {source!r}: none of its {len(listing.files)} images and videos is usable: {reasons}")
     write_json(out / PLAN / SHARDS, asdict(plan))
     return plan
 
 
-def _unclaim(out: Path, spool: Path) -> None:
+def _unclaim(out: Path) -> None:
     """Leave nothing of a set without samples; what else is in the folder is not ours."""
     shutil.rmtree(out / PLAN)
     (out / SETTINGS).unlink()
-    spool.unlink(missing_ok=True)
     if not any(out.iterdir()):
         out.rmdir()
 

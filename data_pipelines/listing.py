@@ -54,7 +54,7 @@ def identity(source: str) -> str:
         found = "\n".join(f"{name}\x1f{place.stat().st_size}" for name, place in _walk(path) if place.is_file())
         return xxhash.xxh3_128_hexdigest(found.encode("utf-8", "surrogateescape"))
     if not path.is_file():
-        return source
+        return xxhash.xxh3_128_hexdigest(source.encode("utf-8", "surrogateescape"))
     with path.open("rb") as file:
         head = file.read(_CHUNK)
         file.seek(max(0, path.stat().st_size - _CHUNK))

@@ -235,6 +235,22 @@ def test_archives_that_are_damaged_or_explode_are_refused(tmp_path, photos, caps
     assert "truncated" in capsys.readouterr().err
     (tmp_path / "no.tar.gz").write_bytes(b"not gzip")
     assert run("ingest", tmp_path / "no.tar.gz", tmp_path / "o") == 2
+    with tarfile.open(tmp_path / "empty.tar.gz", "w:gz"):
+        pass
+    assert run("ingest", tmp_path / "empty.tar.gz", tmp_path / "o") == 2
+    assert not list(tmp_path.glob(".*"))  # no scratch is left
+
+
+def test_shards_of_an_archive_are_made_again_from_the_archive(tmp_path, photos):
+    whole = tmp_path / "a.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        tar.add(photos, "photos")
+    assert run("ingest", whole, tmp_path / "out", "--shard-samples", 4) == 0
+    before = snapshot(tmp_path / "out")
+    (tmp_path / "out" / "shard-000001.tar").unlink()
+    assert run("ingest", whole, tmp_path / "out", "--shard-samples", 4) == 0
+    assert snapshot(tmp_path / "out") == before
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
