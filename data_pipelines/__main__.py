@@ -1,6 +1,7 @@
 """Command line of the data path: make shards, check them, look at them. `python -m data_pipelines COMMAND --help`."""
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -9,14 +10,17 @@ from pathlib import Path
 from data_pipelines.errors import DataBudgetExceeded, UserError
 
 SHARD_SAMPLES = 1000
-CLIP_FRAMES = 9
 _LISTED = 20  # problems printed one by one; the rest is counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data."""
-    options = _parser().parse_args(argv)
-    commands = {"ingest": _ingest, "shapes": _shapes, "check": _check, "show": _show}
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and ("overrides" not in options or any(item.startswith("-") or "=" not in item for item in rest)):
+        parser.error(f"not understood: {' '.join(rest)}")
+    options.overrides = [*getattr(options, "overrides", []), *rest]  # argparse leaves those that follow an option
+    commands = {"ingest": _ingest, "shapes": _shapes, "check": _check, "show": _show, "stats": _stats}
     try:
         commands[options.command](options)
     except UserError as error:
@@ -34,12 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m data_pipelines", description="Make shards, check them, look at them.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    ingest = commands.add_parser("ingest", help="make shards of images and videos")
-    ingest.add_argument("source", type=Path, metavar="SRC", help="folder of class folders, or of files with .txt captions; or .tar.gz")
+    ingest = commands.add_parser("ingest", help="curate images and videos, and make shards of them")
+    ingest.add_argument("source", metavar="SRC", help="folder, .tar(.gz), manifest (.csv, .jsonl, .parquet) or folder of WebDataset tars")
     ingest.add_argument("out", type=Path, metavar="OUT", help="folder of the shards; the same command resumes")
+    ingest.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, with a YAML value")
+    ingest.add_argument("--config", help="YAML file of an IngestConfig (docs/reference/config.md); options and key=value override it")
     ingest.add_argument("--captions", help='"sidecar", "class-name", or a text in which {class} is replaced (default: by what SRC is)')
-    ingest.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="samples of a shard (default: %(default)s)")
-    ingest.add_argument("--clip-frames", type=int, default=CLIP_FRAMES, help="frames that videos are cut into (default: %(default)s)")
+    ingest.add_argument("--shard-samples", type=int, help="samples of a shard (default: 1000)")
+    ingest.add_argument("--clip-frames", type=_numbers, help="frames that videos are cut into (default: 9); several as 33,9")
     ingest.add_argument("--fps", type=float, help="frame rate of the clips (default: that of each video)")
     ingest.add_argument("--height", type=int, help="scale and crop pictures to this height; with --width")
     ingest.add_argument("--width", type=int, help="scale and crop pictures to this width; with --height")
@@ -52,27 +58,41 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--processes", type=int, default=2, help="at most this many (default: %(default)s)")
     check = commands.add_parser("check", help="verify every checksum")
     check.add_argument("folder", metavar="DIR", help="folder of shards")
-    show = commands.add_parser("show", help="draw a contact sheet")
+    show = commands.add_parser("show", help="draw a contact sheet, and histograms of every field")
     show.add_argument("folder", metavar="DIR", help="folder of shards")
     show.add_argument("out", type=Path, metavar="OUT", help="image to write, .png")
     show.add_argument("--count", type=int, default=24, help="samples on it (default: %(default)s)")
+    stats = commands.add_parser("stats", help="mean and standard deviation of the latents of a cache")
+    stats.add_argument("folder", metavar="DIR", help="folder of a latent cache")
+    stats.add_argument("--json", type=Path, metavar="OUT", help="write the numbers to this file too")
     return parser
 
 
 def _ingest(options: argparse.Namespace) -> None:
-    from data_pipelines.ingest import RECORD, IngestSettings, ingest
+    from data_pipelines.config_file import load_run
+    from data_pipelines.curation.config import IngestConfig
+    from data_pipelines.ingest import PLAN, RECORD, ingest
 
     if (options.height is None) != (options.width is None):
         raise UserError("--height and --width go together: give both or neither")
     size = None if options.height is None else (options.height, options.width)
-    settings = IngestSettings(options.captions, options.shard_samples, options.clip_frames, options.fps, size)
-    report = ingest(options.source, options.out, settings)
-    print(f"{report.samples} samples in {report.shards} shards in {options.out}; {len(report.skipped)} skipped (all in {RECORD})")
-    _list_problems(report.skipped)
+    given = {"captions": options.captions, "shard_samples": options.shard_samples, "clip_frames": options.clip_frames, "fps": options.fps}
+    flags = [f"{key}={json.dumps(value)}" for key, value in (given | {"size": size}).items() if value is not None]
+    config = load_run(IngestConfig, options.config, [*flags, *options.overrides])
+    report = ingest(options.source, options.out, config)
+    print(f"{report.samples} samples in {report.shards} shards in {options.out}; {len(report.skipped)} skipped")
+    for reason, count in report.reasons.items():
+        example = next(what for what, why in report.skipped if why == reason)
+        print(_printable(f"  {count} x {reason}: {example}{' ...' if count > 1 else ''}"))
+    print(f"  all that was skipped: {options.out / RECORD}; every score: {options.out / PLAN}")
     if report.uncaptioned:
         print(f"  {report.uncaptioned} samples have no caption")
     if report.ignored:
         print(f"  other files, not looked at: {report.ignored}")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _shapes(options: argparse.Namespace) -> None:
@@ -113,12 +133,31 @@ def _show(options: argparse.Namespace) -> None:
     print(f"{contact_sheet(options.folder, options.out, options.count)} samples on {options.out}")
 
 
+def _stats(options: argparse.Namespace) -> None:
+    from data_pipelines.latent_stats import latent_stats
+    from data_pipelines.shard_set import write_json
+
+    stats = latent_stats(options.folder)
+    print(f"{stats.samples} samples, {stats.positions} places; {len(stats.bad)} unusable")
+    for channel, (mean, std) in enumerate(zip(stats.mean, stats.std)):
+        print(f"  channel {channel:3d}  mean {mean:+.4f}  std {std:.4f}")
+    print(f"  all channels  mean {stats.overall_mean:+.4f}  std {stats.overall_std:.4f}")
+    _list_problems(stats.bad)
+    if options.json is not None:
+        write_json(options.json, {**vars(stats), "overall_mean": stats.overall_mean, "overall_std": stats.overall_std})
+
+
 def _list_problems(problems: Sequence[tuple[str, str]]) -> None:
     for what, reason in problems[:_LISTED]:
-        print(f"  {what}: {reason}")
+        print(_printable(f"  {what}: {reason}"))
     if len(problems) > _LISTED:
         rest = Counter(reason for _, reason in problems[_LISTED:])
         print(f"  and {len(problems) - _LISTED} more: {'; '.join(f'{count} x {reason}' for reason, count in rest.most_common())}")
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal cannot show: file names may hold any bytes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A contact sheet: some samples of a folder of shards with their captions, to be looked at before anything is trained."""
+"""A contact sheet: some samples of a folder of shards with their captions, and histograms of all, to be looked at before training."""
 
 import textwrap
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from data_pipelines import randomness
 from data_pipelines.decode import decode_image, decode_npy, fit
 from data_pipelines.errors import UserError
+from data_pipelines.histograms import PANEL_HEIGHT, histograms
 from data_pipelines.index import Entry
 from data_pipelines.samples import CAPTION_EXTENSION, LATENTS_EXTENSION, BadSample, media_extension, read_caption
 from data_pipelines.sources import read_source
@@ -30,7 +31,12 @@ def contact_sheet(folder: str, out: Path, count: int) -> int:
     chosen = sorted(every, key=lambda item: randomness.key("show", item[0].rpartition("/")[2], item[1].key))[:count]
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
-    sheet = Image.new("RGB", (columns * (CELL + 8) + 8, rows * (CELL + CAPTION) + 8), "white")
+    bars = histograms(entry for shard in source.shards for entry in source.index(shard).entries)
+    top = rows * (CELL + CAPTION) + 8
+    width = max(columns, min(COLUMNS, len(bars)))
+    sheet = Image.new("RGB", (width * (CELL + 8) + 8, top + -(-len(bars) // width) * (PANEL_HEIGHT + 8)), "white")
+    for number, panel in enumerate(bars):
+        sheet.paste(panel, (8 + number % width * (CELL + 8), top + number // width * (PANEL_HEIGHT + 8)))
     for number, (shard, entry) in enumerate(chosen):
         x, y = 8 + number % columns * (CELL + 8), 8 + number // columns * (CELL + CAPTION)
         _draw_sample(sheet, x, y, shard, entry)
@@ -48,7 +54,8 @@ def _draw_sample(sheet: Image.Image, x: int, y: int, shard: str, entry: Entry) -
     except BadSample as error:
         picture, caption = np.full((CELL, CELL, 3), (255, 220, 220), np.uint8), f"unreadable: {error.reason}"
     sheet.paste(Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-    lines = [f"{facts.kind} {facts.frames} x {facts.height} x {facts.width}", *textwrap.wrap(caption, 32)[:3]]
+    span = f", {entry.meta['start']:.1f}-{entry.meta['end']:.1f} s" if "start" in entry.meta else ""
+    lines = [f"{facts.kind} {facts.frames} x {facts.height} x {facts.width}{span}", *textwrap.wrap(caption[:200], 32)[:3]]
     ImageDraw.Draw(sheet).text((x, y + CELL + 2), "\n".join(lines).encode("latin-1", "replace").decode("latin-1"), fill="black")
 
 

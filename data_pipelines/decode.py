@@ -67,7 +67,7 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Upright height and width of an encoded image, from its header. Raises BadSample."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_pixels(image)
+            _check(image)
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return (image.width, image.height) if turned else (image.height, image.width)
     except _IMAGE_ERRORS as error:
@@ -87,7 +87,7 @@ def decode_image(data: bytes) -> Frames:
     """Decode a JPEG, PNG or WebP to upright RGB: (h, w, 3) uint8. Raises BadSample."""
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_pixels(image)
+            _check(image)
             return np.array(_rgb(ImageOps.exif_transpose(image)))  # h w 3
     except _IMAGE_ERRORS as error:
         raise BadSample(_image_reason(error)) from error
@@ -100,9 +100,11 @@ def encode_png(picture: Frames) -> bytes:
     return buffer.getvalue()
 
 
-def _check_pixels(image: Image.Image) -> None:
+def _check(image: Image.Image) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"image of {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+    if image.format in ("WEBP", "PNG") and getattr(image, "n_frames", 1) > 1:
+        raise BadSample("animated image: all but its first frame would be lost; make it a GIF or video")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

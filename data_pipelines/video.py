@@ -8,11 +8,10 @@ Letters: T frames, H rows, W columns.
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -70,9 +69,11 @@ def examine(source: bytes | Path, extension: str) -> VideoFacts:
     return VideoFacts(*((width, height) if turns % 2 else (height, width)), fps, _from_zero(times, fps))
 
 
-def frames_at(source: bytes | Path, extension: str, indices: Sequence[int]) -> Iterator[Frames]:
-    """Decode the frames with these numbers (ascending, repeats allowed), upright: yields (H, W, 3). Raises BadSample."""
-    assert all(a <= b for a, b in pairwise(indices)), "indices must ascend"
+def frames_at(source: bytes | Path, extension: str, indices: Iterable[int], short_side: int | None = None) -> Iterator[Frames]:
+    """Decode the frames with these numbers (ascending, repeats allowed), upright: yields (H, W, 3). Raises BadSample.
+
+    Pictures whose shorter side is more than `short_side` are scaled down to it, for a look at them.
+    """
     wanted = iter(indices)
     following = next(wanted, None)
     with _opened(source, extension) as container:
@@ -82,10 +83,14 @@ def frames_at(source: bytes | Path, extension: str, indices: Sequence[int]) -> I
             if number == following:
                 if frame.width * frame.height > MAX_PIXELS:
                     raise BadSample(f"frame of {frame.width} x {frame.height} pixels, more than {MAX_PIXELS}")
-                pixels: Frames = np.rot90(frame.to_ndarray(format="rgb24"), _quarter_turns(frame)).astype(np.uint8, copy=False)  # H W 3
+                scale = 1.0 if short_side is None else min(1.0, short_side / min(frame.width, frame.height))
+                width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
+                stored = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="AREA" if scale < 1 else None)
+                pixels: Frames = np.rot90(stored, _quarter_turns(frame)).astype(np.uint8, copy=False)  # H W 3
                 while number == following:
                     yield pixels
                     following = next(wanted, None)
+                    assert following is None or following >= number, "indices must ascend"
     if following is not None:
         raise BadSample("video ends before the frame that was asked for")
 
@@ -109,7 +114,8 @@ def _opened(source: bytes | Path, extension: str) -> Iterator[InputContainer]:
             context.thread_count = 1
             yield container
     except av.error.FFmpegError as error:
-        raise BadSample(f"video cannot be decoded ({type(error).__name__})") from error
+        early = isinstance(error, av.error.EOFError)
+        raise BadSample("video ends too early" if early else f"video cannot be decoded ({type(error).__name__})") from error
 
 
 def _frame_rate(rate: Fraction | None) -> float | None:

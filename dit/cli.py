@@ -40,7 +40,7 @@ VERBS = {
 }
 PLAIN_VERBS = {
     "demo": ("train, distil and sample a small video model on moving shapes, from nothing", "dit demo --out runs/demo"),
-    "data": ("make, check and show shards", "dit data ingest photos/ shards/photos"),
+    "data": ("curate, make, check and show shards", "dit data ingest photos/ shards/photos"),
 }
 
 

@@ -1,7 +1,10 @@
 """The commands: what people have becomes shards; interrupted work goes on; every mistake is one clear line."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,13 +13,18 @@ import pytest
 import webdataset
 from PIL import Image
 
+from data_pipelines import ingest as ingest_module
 from data_pipelines import moving_shapes
 from data_pipelines.__main__ import main
 from data_pipelines.config import DataConfig
+from data_pipelines.errors import UserError
+from data_pipelines.histograms import _panel, histograms
 from data_pipelines.index import index_path, read_index
 from data_pipelines.loader import StepStream
 from data_pipelines.plan import open_plan
-from data_pipelines.shards import verify_shard
+from data_pipelines.samples import Facts
+from data_pipelines.shard_plan import ShardPlan, write_shard
+from data_pipelines.shards import ShardWriter, verify_shard
 from data_pipelines.sources import read_source
 from data_pipelines.video import frames_at, write_mp4
 
@@ -31,7 +39,7 @@ def entries(folder):
 
 
 def snapshot(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
 
 
 @pytest.fixture
@@ -91,6 +99,65 @@ def test_ingest_resumes_and_ends_with_the_same_bytes(tmp_path, photos):
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     assert (tmp_path / "b" / "shard-000000.tar").stat().st_mtime_ns == kept
     assert run("ingest", photos, tmp_path / "b", "--shard-samples", 5) == 2  # other settings into the same folder
+
+
+def test_examining_goes_on_where_it_was_cut_off(tmp_path, photos, monkeypatch):
+    arguments = ("ingest", photos, tmp_path / "a", "--shard-samples", 4, "stages=[{name: contrast}]")
+    assert run(*arguments) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    later = [tmp_path / "b" / name for name in ("ingest.json", "plan/shards.json", "plan/samples.jsonl")]
+    for path in (*(tmp_path / "b").glob("*.tar*"), *later):
+        path.unlink()
+    journal = tmp_path / "b" / "plan" / "examined.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 11
+    journal.write_bytes(b"".join(lines[:4]) + lines[4][:50])  # killed while it wrote the fifth
+    looked = []
+    whole = ingest_module._whole
+    monkeypatch.setattr(ingest_module, "_whole", lambda file, key: looked.append(file.name) or whole(file, key))
+    assert run(*arguments[:2], tmp_path / "b", *arguments[3:]) == 0
+    assert len(looked) == 7
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_any_process_may_write_any_shard(tmp_path, photos):
+    clip = moving_shapes.draw(0, 0).video
+    for number in range(3):
+        write_mp4(photos / "dog" / f"{number}.mp4", np.roll(clip, number, 2), 8, lossless=True)
+    arguments = ("--shard-samples", 3, "--clip-frames", 4, "stages=[{name: change}]")
+    assert run("ingest", photos, tmp_path / "a", *arguments) == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("*.tar*"))
+    shards = ShardPlan.read(tmp_path / "b").shards
+    assert shards == 6
+    for number in reversed(range(shards)):
+        code = f"from pathlib import Path; from data_pipelines.shard_plan import write_shard; write_shard(Path('b'), {number})"
+        if number == 5:  # one in a process of its own
+            subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+        else:
+            write_shard(tmp_path / "b", number)
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_a_source_that_went_away_makes_no_empty_shards(tmp_path, photos, capsys):
+    assert run("ingest", photos, tmp_path / "out", "--shard-samples", 4) == 0
+    for path in (tmp_path / "out").glob("shard-000001*"):
+        path.unlink()
+    before = snapshot(tmp_path / "out")
+    photos.rename(tmp_path / "away")
+    with pytest.raises(UserError, match="is missing now"):
+        write_shard(tmp_path / "out", 1)
+    assert snapshot(tmp_path / "out") == before
+    (tmp_path / "away").rename(photos)
+    assert run("ingest", photos, tmp_path / "out", "--shard-samples", 4) == 0
+
+
+def test_nothing_of_the_users_is_removed_where_nothing_is_usable(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("x")
+    assert run("ingest", tmp_path / "src", tmp_path / "out") == 2
+    assert snapshot(tmp_path / "out") == {Path("precious.txt"): b"x"}
 
 
 @pytest.mark.parametrize(("captions", "expected"), [("class-name", "a photo of a dog"), ("one {class}, seen", "one dog, seen"), ("x", "x")])
@@ -168,6 +235,22 @@ def test_archives_that_are_damaged_or_explode_are_refused(tmp_path, photos, caps
     assert "truncated" in capsys.readouterr().err
     (tmp_path / "no.tar.gz").write_bytes(b"not gzip")
     assert run("ingest", tmp_path / "no.tar.gz", tmp_path / "o") == 2
+    with tarfile.open(tmp_path / "empty.tar.gz", "w:gz"):
+        pass
+    assert run("ingest", tmp_path / "empty.tar.gz", tmp_path / "o") == 2
+    assert not list(tmp_path.glob(".*"))  # no scratch is left
+
+
+def test_shards_of_an_archive_are_made_again_from_the_archive(tmp_path, photos):
+    whole = tmp_path / "a.tar.gz"
+    with tarfile.open(whole, "w:gz") as tar:
+        tar.add(photos, "photos")
+    assert run("ingest", whole, tmp_path / "out", "--shard-samples", 4) == 0
+    before = snapshot(tmp_path / "out")
+    (tmp_path / "out" / "shard-000001.tar").unlink()
+    assert run("ingest", whole, tmp_path / "out", "--shard-samples", 4) == 0
+    assert snapshot(tmp_path / "out") == before
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -176,10 +259,9 @@ def test_archives_that_are_damaged_or_explode_are_refused(tmp_path, photos, caps
         (lambda p: None, (), "no such file or folder"),
         (lambda p: p.mkdir(), (), "no image or video in it"),
         (lambda p: (p.mkdir(), (p / "a.jpg").write_bytes(b"x")), (), "none of its 1 images and videos is usable"),
-        (lambda p: p.write_text("x"), (), "expected a folder, or an archive"),
+        (lambda p: p.write_text("x"), (), "expected a folder, an archive"),
         (lambda p: (p.mkdir(), Image.new("RGB", (8, 8)).save(p / "a.png")), ("--captions", "class-name"), "no class folders"),
         (lambda p: p.mkdir(), ("--height", "8"), "--height and --width go together"),
-        (lambda p: p.mkdir(), ("--clip-frames", "0"), "--clip-frames 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys, make, arguments, said):
@@ -244,3 +326,38 @@ def test_show_draws_the_samples(tmp_path, shapes):
     assert not np.array_equal(first, last)
     assert (pixels[20 + 258 : 190 + 258, 300:] == 255).all()  # seven cells, not twelve
     assert run("show", shapes, tmp_path / "a.txt") == 2
+
+
+def test_show_adds_a_histogram_for_every_number_that_differs(shapes, photos, tmp_path):
+    assert run("ingest", photos, tmp_path / "out", "stages=[{name: brightness}]") == 0
+    panels = histograms(entries(tmp_path / "out"))
+    # height, width (one is turned), caption (cat or dog); frames in the panel of what is alike, brightness differs by the JPEGs
+    assert len(panels) == 5
+    alike = histograms(entries(shapes)[:1] * 3)
+    assert len(alike) == 1
+    bars = np.asarray(_panel("x", np.array([0.0] * 30 + [1.0] * 10)))[:, :, 0] < 100
+    columns = bars[20:78].sum(0)
+    assert columns[3] == pytest.approx(3 * columns[-3], abs=2)
+    assert not columns[20:170].any()
+
+
+def test_stats_are_those_of_all_latents_at_once(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    arrays = [(random.normal(size=(3, 1, 2 + i, 4)) * [[[[1]]], [[[2]]], [[[5]]]] + [[[[7]]], [[[0]]], [[[-3]]]]) for i in range(7)]
+    for number, part in enumerate((arrays[:4], arrays[4:])):
+        with ShardWriter(tmp_path / f"shard-00000{number}.tar") as shard:
+            for i, array in enumerate(part):
+                buffer = io.BytesIO()
+                np.save(buffer, array.astype(np.float32))
+                shard.add(f"{number}-{i}", {"latents.npy": buffer.getvalue()}, Facts("latents", *array.shape[1:], None), {})
+    assert run("stats", tmp_path, "--json", tmp_path / "stats.json") == 0
+    together = np.concatenate([array.astype(np.float32).astype(np.float64).reshape(3, -1) for array in arrays], 1)
+    record = json.loads((tmp_path / "stats.json").read_text())
+    assert (record["samples"], record["positions"]) == (7, together.shape[1])
+    np.testing.assert_allclose(record["mean"], together.mean(1), rtol=1e-10)
+    np.testing.assert_allclose(record["std"], together.std(1), rtol=1e-10)
+    assert record["overall_std"] == pytest.approx(together.std(), rel=1e-10)
+    assert f"channel   2  mean {together.mean(1)[2]:+.4f}" in capsys.readouterr().out
+    (tmp_path / "shard-000000.tar").unlink()
+    (tmp_path / "shard-000001.tar").unlink()
+    assert run("stats", tmp_path) == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.curation.config import IngestConfig
 from dit.config import DistillRun, EncodeRun, EvaluateRun, SampleRun, TrainRun
 from dit.config.load import ConfigError, load_run, save_resolved
 
@@ -128,7 +129,14 @@ def test_help_of_every_verb_has_an_example_and_imports_little(verb: str) -> None
     assert not imported & {"torch", "pydantic", "numpy"}
 
 
-VERB_ROOTS = {"train": TrainRun, "distill": DistillRun, "encode": EncodeRun, "sample": SampleRun, "evaluate": EvaluateRun}
+VERB_ROOTS = {
+    "train": TrainRun,
+    "distill": DistillRun,
+    "encode": EncodeRun,
+    "sample": SampleRun,
+    "evaluate": EvaluateRun,
+    "data": IngestConfig,
+}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,0 +1,15 @@
+"""Packages that only some commands need: imported where they are used, with an error that names the extra."""
+
+import importlib
+from typing import Any
+
+from data_pipelines.errors import UserError
+
+
+def optional(module: str, purpose: str, extra: str = "curate") -> Any:
+    """Import `module`. Raises UserError that says for what it is needed and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(f"{purpose} needs the package {package} ({error}); install it with: pip install 'dit[{extra}]'") from error
