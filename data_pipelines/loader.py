@@ -222,7 +222,7 @@ class StepStream(Iterator[StepPacks]):
 
     def _replace_workers(self, lost: WorkerLost) -> None:
         """Start other workers on what was not delivered. Raises WorkerLost again if they keep dying without a sample to blame."""
-        self._parcels.close()
+        self._parcels.close(kill=True)
         holes = {(task, sample): self._reason(lost.codes[pid]) for pid, task, sample in self._busy.tolist() if pid in lost.codes}
         self._lost = 0 if holes else self._lost + 1
         log.warning("%s; going on with others%s", lost, f" without the samples they were at: {len(holes)}" if holes else "")

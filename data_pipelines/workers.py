@@ -71,8 +71,10 @@ class InOrder(Iterator[Item], Generic[Item]):
                 raise
             raise WorkerLost(codes) from error
 
-    def close(self) -> None:
-        """End the iteration and its workers."""
+    def close(self, *, kill: bool = False) -> None:
+        """End the iteration and its workers; `kill` waits for none of them."""
+        for worker in self._workers if kill else ():
+            worker.kill()
         self._close()
 
 
@@ -118,3 +120,4 @@ def _end(running: list[Iterator[Any]], workers: list[BaseProcess]) -> None:
         worker.join(_KILL_SECONDS)
         if worker.is_alive():
             worker.kill()
+            worker.join(_KILL_SECONDS)

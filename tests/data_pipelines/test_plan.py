@@ -248,7 +248,7 @@ def test_packs_of_a_window_are_alike_in_cost_although_lengths_are_mixed():
     assert sum(lengths) / (131072 * len(packs)) > 0.98
     by_tokens = packing.balance(lengths, [float(n) for n in lengths], 131072)  # what packing by tokens alone would do
     sums = [sum(costs[i] for i in pack) for pack in by_tokens]
-    assert sum(sums) / len(sums) / max(sums) < 0.95
+    assert sum(sums) / len(sums) / max(sums) < 0.97
 
 
 def test_another_order_gives_other_packs_and_equal_costs_are_no_trouble():
