@@ -132,5 +132,5 @@ def test_a_skip_list_leaves_samples_out_of_the_plan(labelled, tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=error):
             read_sources([Source(path=str(labelled))], str(path))
-    with pytest.raises(UserError, match="data.skip_list = 'nowhere'"):
+    with pytest.raises(UserError, match="skip_list = 'nowhere'"):
         read_sources([Source(path=str(labelled))], "nowhere")
