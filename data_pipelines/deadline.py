@@ -19,6 +19,25 @@ class _Late(BaseException):
     """Not an Exception, so that no decoder takes it for one of its own."""
 
 
+class _Alarm:
+    """The handler of SIGALRM, put in place once: to do it for every sample costs more than the rest."""
+
+    armed = False
+    installed = False
+
+    def install(self) -> None:
+        if not self.installed:
+            signal.signal(signal.SIGALRM, self.ring)
+            self.installed = True
+
+    def ring(self, *_: object) -> None:
+        if self.armed:
+            raise _Late
+
+
+_alarm = _Alarm()
+
+
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
     """Raise BadSample if the body takes longer than `seconds`. Costs some microseconds.
@@ -29,27 +48,23 @@ def deadline(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    armed = True
-
-    def late(*_: object) -> None:
-        if armed:
-            raise _Late
-
-    previous = signal.signal(signal.SIGALRM, late)
+    may_kill = get_worker_info() is not None
+    _alarm.install()
+    _alarm.armed = True
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    if get_worker_info() is not None:
+    if may_kill:
         signal.setitimer(signal.ITIMER_PROF, KILL_FACTOR * seconds)
     try:
         try:
             yield
         finally:
-            armed = False  # an alarm from here on finds the work done
+            _alarm.armed = False  # an alarm from here on finds the work done
     except _Late:
         raise BadSample(f"took longer than {seconds:g} s") from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGALRM, previous)
+        if may_kill:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def limit_memory(more: int) -> None:

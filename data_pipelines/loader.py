@@ -99,6 +99,10 @@ def _aligned(length: int) -> int:
 
 
 def _parcel(task: _Task, samples: list[RawSample]) -> _Parcel:
+    """Pack what a worker read; without workers it stays where it is."""
+    grids = tuple(planned.grid for planned in task.pack)
+    if get_worker_info() is None:
+        return _Parcel(tuple(samples), grids, task.samples, task.after, (), torch.empty(0))
     parts, tensors = [], []
     for number, sample in enumerate(samples):
         for name in ("pixels", "latents", "text"):
@@ -106,12 +110,12 @@ def _parcel(task: _Task, samples: list[RawSample]) -> _Parcel:
                 parts.append((number, name, tensor.dtype, tuple(tensor.shape)))
                 tensors.append(tensor)
         samples[number] = replace(sample, pixels=None, latents=None, text=None)
-    buffer = torch.zeros(sum(_aligned(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
+    length = sum(_aligned(tensor.nbytes) for tensor in tensors)
+    buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(length))  # else it would be copied there later
     offset = 0
     for tensor in tensors:
         buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
         offset += _aligned(tensor.nbytes)
-    grids = tuple(planned.grid for planned in task.pack)
     return _Parcel(tuple(samples), grids, task.samples, task.after, tuple(parts), buffer)
 
 

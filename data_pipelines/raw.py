@@ -3,6 +3,7 @@
 Knows nothing of packs, steps or processes. Letters: T frames, H rows, W columns, C latent channels, S text tokens, D their width.
 """
 
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -73,7 +74,9 @@ def _array(data: bytes, axes: int) -> Tensor:
     values = decode_npy(data)
     if values.ndim != axes or 0 in values.shape:
         raise BadSample(f"array of shape {values.shape}, expected {axes} axes")
-    return torch.from_numpy(values.copy())  # the bytes it views are read-only
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written: a view saves a copy
+        return torch.from_numpy(values)
 
 
 def _label(meta: Mapping[str, Any], data: Mapping[str, bytes]) -> int | None:
