@@ -23,6 +23,7 @@ from data_pipelines.decode import decode
 from data_pipelines.index import index_path, read_index
 from data_pipelines.loader import StepStream
 from data_pipelines.plan import START, Plan, Position, open_plan
+from data_pipelines.raw import read_sample
 from data_pipelines.rendered import ShapesSet, render
 from data_pipelines.samples import Facts
 from data_pipelines.shards import ShardWriter, shard_name
@@ -175,8 +176,17 @@ def resuming(folder: Path) -> None:
         print(f"  {name:44} {statistics.median(seconds):10.2f} s (fastest {min(seconds):.2f})")
 
 
-def single_costs() -> None:
-    """What a sample pays for its deadline."""
+def single_costs(folder: Path) -> None:
+    """What a sample pays for its deadline, and what one costs that is damaged."""
+    (tar,) = write_latents(folder / "damaged", 1, 200, (4, 1, 8, 8), (8, 64)).glob("*.tar")
+    planned = list(chain.from_iterable(plan_of(tar.parent, 8, 1).packs(0, 0)))
+    data = bytearray(tar.read_bytes())
+    for sample in planned:
+        data[sample.entry.members["latents.npy"].offset + 150] ^= 1
+    tar.write_bytes(data)
+    began = time.perf_counter()
+    assert all(read_sample(sample, 30.0).error for sample in planned)
+    print(f"a damaged sample: {(time.perf_counter() - began) * 1e6 / len(planned):.0f} us")
     began = time.perf_counter()
     for _ in range(10_000):
         with deadline(30.0):
@@ -189,4 +199,4 @@ if __name__ == "__main__":
         latents(Path(name))
         decoding(Path(name))
         resuming(Path(name))
-        single_costs()
+        single_costs(Path(name))

@@ -12,7 +12,7 @@ from data_pipelines import packing, randomness
 from data_pipelines.config import DataConfig
 from data_pipelines.errors import UserError
 from data_pipelines.index import Entry, ShardIndex
-from data_pipelines.plan import START, Plan, Position, check_world_size, deal, share, tokens_of
+from data_pipelines.plan import START, Plan, Position, check_world_size, cost_of_pack, deal, share, tokens_of
 from data_pipelines.report import report
 from data_pipelines.samples import Facts
 from data_pipelines.sizes import choose_size
@@ -204,6 +204,32 @@ def test_the_report_adds_up():
     tokens = sum(tokens_of(s.grid) for pack in packs for s in pack)
     assert summary.fill == pytest.approx(tokens / (24 * len(packs)))
     assert "91 samples an epoch" in str(summary)
+
+
+def test_the_report_says_how_long_and_how_even_the_run_will_be():
+    sources = [source(shards=40)]
+    plan = Plan(config(packs_per_step=8, window_shards=8), sources, grid_of, 0, lambda grid, _: tokens_of(grid) ** 2)
+    summary = report(plan, run_samples=1300)
+    assert summary.epochs == pytest.approx(1300 / 520)
+    assert "the run is 2.5 epochs" in str(summary)
+    assert summary.balance[1] == 1.0
+    assert 0.5 < summary.balance[8] < summary.balance[2] < 1  # the more packs a rank has, the more its sums are alike
+    costs = [cost_of_pack(pack) for window in range(plan.windows) for pack in plan.packs(0, window)]
+    by_hand = [costs[i : i + 16] for i in range(0, len(costs) - 15, 16)]  # 16 ranks take a pack each
+    assert summary.balance[16] == pytest.approx(sum(sum(step) / 16 for step in by_hand) / sum(map(max, by_hand)))
+    assert max(summary.balance) == 64  # there are no 128 packs
+    lines = str(summary).splitlines()
+    assert any("balance by ranks" in line and " 8: " in line and " 16: " not in line for line in lines)
+    assert any("if packs_per_step were a multiple" in line and "16: " in line for line in lines)
+
+
+def test_windows_hold_every_source_in_its_share():
+    plan = make(sources=[source("many", shards=30), source("few", shards=10)], window_shards=8)
+    for window in range(plan.windows):
+        shards = {s.shard for pack in plan.packs(0, window) for s in pack}
+        assert sum(shard.startswith("few") for shard in shards) in (1, 2, 3)
+    orders = [[s.shard for pack in plan.packs(epoch, 0) for s in pack] for epoch in (0, 1)]
+    assert set(orders[0]) != set(orders[1])
 
 
 def test_latents_keep_their_own_size():
