@@ -53,7 +53,7 @@ class PlanReport:
         other = [f"{ranks}: {value:.3f}" for ranks, value in self.balance.items() if self.packs_per_step % ranks]
         lines.append(f"  balance by ranks (mean / max of predicted cost): {', '.join(fits) or 'less than one step of data'}")
         if other:
-            lines.append(f"  if packs_per_step were a multiple of the ranks: {', '.join(other)}")
+            lines.append(f"  on other ranks, with so many more packs a step: {', '.join(other)}")
         return "\n".join([*lines, *(f"  problem: {problem}" for problem in self.problems)])
 
 

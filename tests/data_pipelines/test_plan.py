@@ -220,7 +220,7 @@ def test_the_report_says_how_long_and_how_even_the_run_will_be():
     assert max(summary.balance) == 64  # there are no 128 packs
     lines = str(summary).splitlines()
     assert any("balance by ranks" in line and " 8: " in line and " 16: " not in line for line in lines)
-    assert any("if packs_per_step were a multiple" in line and "16: " in line for line in lines)
+    assert any("on other ranks" in line and "16: " in line for line in lines)
 
 
 def test_windows_hold_every_source_in_its_share():
