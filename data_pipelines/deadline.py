@@ -20,15 +20,11 @@ class _Late(BaseException):
 
 
 class _Alarm:
-    """The handler of SIGALRM, put in place once: to do it for every sample costs more than the rest."""
+    """The handler of SIGALRM."""
 
     armed = False
     installed = False
-
-    def install(self) -> None:
-        if not self.installed:
-            signal.signal(signal.SIGALRM, self.ring)
-            self.installed = True
+    """In a loader process it stays in place: to change it for every sample costs more than all the rest."""
 
     def ring(self, *_: object) -> None:
         if self.armed:
@@ -48,11 +44,12 @@ def deadline(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    may_kill = get_worker_info() is not None
-    _alarm.install()
+    in_worker = get_worker_info() is not None
+    previous = None if _alarm.installed else signal.signal(signal.SIGALRM, _alarm.ring)
+    _alarm.installed = in_worker
     _alarm.armed = True
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    if may_kill:
+    rest, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    if in_worker:
         signal.setitimer(signal.ITIMER_PROF, KILL_FACTOR * seconds)
     try:
         try:
@@ -62,9 +59,11 @@ def deadline(seconds: float) -> Iterator[None]:
     except _Late:
         raise BadSample(f"took longer than {seconds:g} s") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        if may_kill:
+        signal.setitimer(signal.ITIMER_REAL, rest, interval)  # the process may have an alarm of its own
+        if in_worker:
             signal.setitimer(signal.ITIMER_PROF, 0)
+        else:
+            signal.signal(signal.SIGALRM, previous)
 
 
 def limit_memory(more: int) -> None:
