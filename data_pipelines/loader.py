@@ -252,5 +252,5 @@ class StepStream(Iterator[StepPacks]):
         self.close()
 
     def close(self) -> None:
-        """End the workers. The stream yields nothing more."""
-        self._parcels.close()
+        """End the workers at once, for they hold nothing. The stream yields nothing more."""
+        self._parcels.close(kill=True)
