@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 Size = tuple[PositiveInt, PositiveInt, PositiveInt]
 """Frames, height, width."""
 
+Aspect = Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")]
+"""Width : height."""
+
 
 class Section(BaseModel):
     """One closed section of a run: frozen, unknown keys are errors, attribute docstrings are the reference."""
@@ -19,6 +22,23 @@ class Source(Section):
     """Folder of indexed shards: raw samples, or a latent cache that `dit encode` wrote."""
     weight: PositiveFloat = 1.0
     """How often this source's samples are drawn relative to the others (an epoch sees each sample `weight` times)."""
+    filter: str | None = None
+    """Which samples are used, by fields of the index: `height >= 256 and aesthetic > 5 and caption_length > 0`."""
+
+
+class SizeRule(Section):
+    """Allowed sizes by rule: every aspect at every area and number of frames, so that every sample has a place."""
+
+    pixels: Annotated[list[PositiveInt], Field(min_length=1)]
+    """Areas of a frame, each the most that a size may have."""
+    aspects: Annotated[list[Aspect], Field(min_length=1)] = ["16:9", "4:3", "1:1", "3:4", "9:16"]
+    """Width : height of each."""
+    max_frames: PositiveInt = 1
+    """Frames are 1, 1 + frame_step, ... up to this."""
+    frame_step: PositiveInt | None = None
+    """None: what one latent frame of the codec covers."""
+    multiple: PositiveInt | None = None
+    """Sides are multiples of this. None: what codec and patch need."""
 
 
 class DataConfig(Section):
@@ -30,9 +50,17 @@ class DataConfig(Section):
     """Packs of one optimizer step over all ranks; the world size must divide it."""
     sizes: list[Size] = []
     """Allowed [frames, height, width] of raw samples; each takes the longest, then nearest in aspect. Caches carry their own."""
+    size_rule: SizeRule | None = None
+    """More allowed sizes, by rule; those of more tokens than token_budget are left out."""
     window_shards: PositiveInt = 16
     """Shards whose samples are shuffled together: bounds the memory of the plan."""
     num_workers: NonNegativeInt = 1
     """Loader processes of a rank; the stream does not depend on it."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Unusable samples tolerated, as a fraction of those read, before the run stops with a report (exit code 3)."""
+    skip_list: str | None = None
+    """Samples to leave out: the `bad_samples.jsonl` of a run, or any file of JSON lines with an `id` ("source/shard/key")."""
+    sample_seconds: PositiveFloat = 30.0
+    """A sample that takes longer to read and decode counts as unusable."""
+    worker_gib: PositiveFloat = 4.0
+    """Memory that a loader process may take; a sample that needs more counts as unusable."""

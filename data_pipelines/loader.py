@@ -4,19 +4,27 @@ What is read follows from the plan alone; worker processes only read ahead. A sa
 as a hole, with the reason. Knows nothing of encoders.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+import logging
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from data_pipelines.packed import Grid
 from data_pipelines.plan import START, Plan, PlannedPack, PlannedSample, Position, check_world_size, share
 from data_pipelines.raw import RawSample, read_sample
-from data_pipelines.workers import InOrder
+from data_pipelines.workers import InOrder, WorkerLost
+
+log = logging.getLogger(__name__)
+ON_THE_LIST = "on the skip list"
+"""Why a sample is a hole that was unusable before."""
+_LOSSES = 3  # of workers in a row that no sample explains, before something else must be wrong
 
 __all__ = ["RawPack", "RawSample", "StepPacks", "StepStream"]
 
@@ -54,11 +62,13 @@ class StepPacks:
 
 @dataclass(frozen=True)
 class _Task:
-    """One pack to read, and what the plan says of the step that it belongs to."""
+    """One pack to read, and what the plan says of the step that it belongs to. holes: why samples of it are not read, by their number."""
 
+    number: int
     pack: PlannedPack
     samples: int
     after: Position
+    holes: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,10 @@ def _aligned(length: int) -> int:
 
 
 def _parcel(task: _Task, samples: list[RawSample]) -> _Parcel:
+    """Pack what a worker read; without workers it stays where it is."""
+    grids = tuple(planned.grid for planned in task.pack)
+    if get_worker_info() is None:
+        return _Parcel(tuple(samples), grids, task.samples, task.after, (), torch.empty(0))
     parts, tensors = [], []
     for number, sample in enumerate(samples):
         for name in ("pixels", "latents", "text"):
@@ -96,42 +110,69 @@ def _parcel(task: _Task, samples: list[RawSample]) -> _Parcel:
                 parts.append((number, name, tensor.dtype, tuple(tensor.shape)))
                 tensors.append(tensor)
         samples[number] = replace(sample, pixels=None, latents=None, text=None)
-    buffer = torch.zeros(sum(_aligned(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
+    length = sum(_aligned(tensor.nbytes) for tensor in tensors)
+    buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(length))  # else it would be copied there later
     offset = 0
     for tensor in tensors:
         buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
         offset += _aligned(tensor.nbytes)
-    grids = tuple(planned.grid for planned in task.pack)
     return _Parcel(tuple(samples), grids, task.samples, task.after, tuple(parts), buffer)
 
 
 class _Reader(Dataset[_Parcel]):
-    """Map-style over tasks instead of numbers: the sampler says what to read, the reader holds no state but the skip list."""
+    """Map-style over tasks instead of numbers: the sampler says what to read, the reader holds no state.
 
-    def __init__(self, skip: frozenset[str]) -> None:
-        self.skip = skip
+    busy: (workers, 3) shared; process, task and sample that each worker is at, so that its end tells which sample was its last.
+    """
+
+    def __init__(self, seconds: float, busy: Tensor) -> None:
+        self.seconds, self.busy = seconds, busy
 
     def __getitem__(self, task: _Task) -> _Parcel:
-        return _parcel(task, [self._sample(planned) for planned in task.pack])
+        return _parcel(task, [self._sample(task, number, planned) for number, planned in enumerate(task.pack)])
 
-    def _sample(self, planned: PlannedSample) -> RawSample:
-        if planned.id in self.skip:
-            return RawSample(planned.id, planned.key, error="on the skip list")
-        return read_sample(planned)
+    def _sample(self, task: _Task, number: int, planned: PlannedSample) -> RawSample:
+        if number in task.holes:
+            return RawSample(planned.id, planned.key, error=task.holes[number])
+        if (worker := get_worker_info()) is None:
+            return read_sample(planned, self.seconds)
+        place = self.busy[worker.id].numpy()
+        place[:] = os.getpid(), task.number, number
+        sample = read_sample(planned, self.seconds)
+        place[0] = 0
+        return sample
 
 
 class _Tasks(Sampler[_Task]):
-    """This rank's packs in order, without end."""
+    """This rank's packs in order, without end. waiting: those that are given out and not delivered. left_out: ids not to read."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, start: Position) -> None:
-        self.plan, self.rank, self.world_size, self.start = plan, rank, world_size, start
+    def __init__(self, plan: Plan, rank: int, world_size: int, start: Position, left_out: set[str]) -> None:
+        self.plan, self.rank, self.world_size, self.left_out = plan, rank, world_size, left_out
+        self.waiting: deque[_Task] = deque()
+        self._again: deque[_Task] = deque()
+        self._fresh = self._from(start)
 
     def __iter__(self) -> Iterator[_Task]:
-        position = self.start
+        while True:
+            task = self._again.popleft() if self._again else next(self._fresh)
+            self.waiting.append(task)
+            yield task
+
+    def give_again(self, holes: Mapping[tuple[int, int], str]) -> None:
+        """Begin anew with what was not delivered, now with `holes`, why by (task, sample)."""
+        for task in self.waiting:
+            found = {sample: why for (number, sample), why in holes.items() if number == task.number}
+            self._again.append(replace(task, holes={**task.holes, **found}))
+        self.waiting.clear()
+
+    def _from(self, position: Position) -> Iterator[_Task]:
+        number = 0
         while True:
             step = self.plan.step(position)
             for pack in share(step.packs, self.rank, self.world_size):
-                yield _Task(pack, step.samples, step.after)
+                holes = {i: ON_THE_LIST for i, planned in enumerate(pack) if planned.id in self.left_out}
+                yield _Task(number, pack, step.samples, step.after, holes)
+                number += 1
             position = step.after
 
 
@@ -141,7 +182,8 @@ class _Tasks(Sampler[_Task]):
 class StepStream(Iterator[StepPacks]):
     """One rank's endless iterator over global steps, from `start`. `skip`: ids that become holes without being read.
 
-    Close it, or use it in a `with` block; it also closes when it is collected or the process ends.
+    A worker that dies is replaced, and the sample that it died of is a hole. Close it, or use it in a `with` block; it also closes
+    when it is collected or the process ends.
     """
 
     def __init__(self, plan: Plan, rank: int, world_size: int, start: Position = START, skip: frozenset[str] = frozenset()) -> None:
@@ -149,16 +191,59 @@ class StepStream(Iterator[StepPacks]):
         assert 0 <= rank < world_size, (rank, world_size)
         self._each = plan.config.packs_per_step // world_size
         plan.step(start)  # an error in the plan is raised here, not in the middle of the loader
-        tasks = _Tasks(plan, rank, world_size, start)
-        self._parcels = InOrder(_Reader(skip), tasks, plan.config.num_workers)
+        self._config, self._left_out, self._lost = plan.config, set(skip), 0
+        self._busy = torch.zeros(plan.config.num_workers, 3, dtype=torch.int64).share_memory_()
+        self._tasks = _Tasks(plan, rank, world_size, start, self._left_out)
+        self._parcels = self._open()
+
+    def leave_out(self, ids: Iterable[str]) -> None:
+        """From the next step on `ids` are holes, whether or not they were read ahead: equal on all ranks if `ids` are."""
+        self._left_out.update(ids)
 
     def __next__(self) -> StepPacks:
-        parcels = [next(self._parcels) for _ in range(self._each)]
+        parcels = [self._next_parcel() for _ in range(self._each)]
         packs = [parcel.open() for parcel in parcels]
+        if self._left_out:
+            packs = [replace(pack, samples=tuple(map(self._kept, pack.samples))) for pack in packs]
         samples = [sample for pack in packs for sample in pack.samples]
         bad = [(sample.id, sample.error) for sample in samples if sample.error is not None]
         counters = Counter("empty_captions" for sample in samples if sample.error is None and not sample.caption)
         return StepPacks(packs, parcels[0].task_samples, parcels[0].after, bad, dict(counters))
+
+    def _open(self) -> InOrder[_Parcel]:
+        config = self._config
+        return InOrder(_Reader(config.sample_seconds, self._busy), self._tasks, config.num_workers, int(config.worker_gib * 2**30))
+
+    def _next_parcel(self) -> _Parcel:
+        while True:
+            try:
+                parcel = next(self._parcels)
+            except WorkerLost as lost:
+                self._replace_workers(lost)
+            else:
+                self._tasks.waiting.popleft()
+                return parcel
+
+    def _replace_workers(self, lost: WorkerLost) -> None:
+        """Start other workers on what was not delivered. Raises WorkerLost again if they keep dying without a sample to blame."""
+        self._parcels.close(kill=True)
+        holes = {(task, sample): self._reason(lost.codes[pid]) for pid, task, sample in self._busy.tolist() if pid in lost.codes}
+        self._lost = 0 if holes else self._lost + 1
+        log.warning("%s; going on with others%s", lost, f" without the samples they were at: {len(holes)}" if holes else "")
+        if self._lost > _LOSSES:
+            raise lost
+        self._busy.zero_()
+        self._tasks.give_again(holes)
+        self._parcels = self._open()
+
+    def _reason(self, code: int) -> str:
+        if code == -signal.SIGPROF:
+            return f"took longer than {self._config.sample_seconds:g} s"
+        return f"ended its reader ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+    def _kept(self, sample: RawSample) -> RawSample:
+        listed = sample.id in self._left_out
+        return RawSample(sample.id, sample.key, error=ON_THE_LIST) if listed else sample
 
     def __enter__(self) -> Self:
         return self
@@ -167,5 +252,5 @@ class StepStream(Iterator[StepPacks]):
         self.close()
 
     def close(self) -> None:
-        """End the workers. The stream yields nothing more."""
-        self._parcels.close()
+        """End the workers at once, for they hold nothing. The stream yields nothing more."""
+        self._parcels.close(kill=True)

@@ -1,18 +1,18 @@
 """The plan: which samples form every global step, as a pure function of (manifest hash, config, seed, epoch, position).
 
 An epoch is cut into windows of `window_shards` shards, in an order drawn from (seed, epoch). A window is planned on its own:
-its samples are ordered by hashes of (seed, epoch, id), given their sizes, and packed. The packs of all windows, one after
-another without end, are the stream; a step is the next `packs_per_step` of them and may reach across windows and epochs.
-So packs that are left at the end of a window simply begin the next step, nothing but `Position` is carried from step to
-step, and any step can be planned from its position alone at the price of one window (two where the step crosses). The
-cost of this is a few part-filled packs at the end of each window.
+its samples are ordered by hashes of (seed, epoch, id), given their sizes, and packed so that all packs of the window are alike
+in tokens and in cost. The packs of all windows, one after another without end, are the stream; a step is the next
+`packs_per_step` of them and may reach across windows and epochs. So packs that are left at the end of a window simply begin
+the next step, nothing but `Position` is carried from step to step, and any step can be planned from its position alone at the
+price of one window (two where the step crosses).
 
 Every rank computes the same plan and reads its share of it. Knows nothing of bytes, pixels, models or processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -30,16 +30,23 @@ from data_pipelines.sources import Shard, SourceManifest, read_sources
 GridOf = Callable[[Facts], Grid | None]
 """The token grid (t, h, w) of a sample as it will be delivered: pixels of the size chosen, or latents. None: no place."""
 
+CostOf = Callable[[Grid, int], float]
+"""Predicted cost of a sample, in any unit, by its token grid and the length of its caption in characters."""
+
 _WINDOWS_KEPT = 2  # a step that crosses a window needs two
 _EMPTY_EPOCHS = 1000  # in a row, before small weights are called a mistake
 
 
 class Position(NamedTuple):
-    """Where a step begins: the whole state of the stream, at any world size and worker count."""
+    """Where a step begins: the whole state of the stream, at any world size and worker count.
+
+    data: the manifest hash of the plan that it belongs to, empty for any.
+    """
 
     epoch: int
     window: int
     pack: int
+    data: str = ""
 
 
 START = Position(0, 0, 0)
@@ -50,6 +57,7 @@ class PlannedSample:
     """One sample at one place of the stream. size: what raw pixels are brought to, None for latents.
 
     id: "source/shard/key". repeat: how often the sample occurred in this epoch before (source weights above 1).
+    cost: predicted, in the unit of the plan's `CostOf`.
     """
 
     id: str
@@ -60,6 +68,7 @@ class PlannedSample:
     seed: int
     epoch: int
     repeat: int
+    cost: float = 0.0
 
     @property
     def key(self) -> int:
@@ -95,9 +104,11 @@ class Place(NamedTuple):
 class Plan:
     """The stream of a config: `step(position)` for any position. Raises UserError if nothing fits, or something cannot."""
 
-    def __init__(self, config: DataConfig, sources: Sequence[SourceManifest], grid_of: GridOf, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, sources: Sequence[SourceManifest], grid_of: GridOf, seed: int, cost_of: CostOf | None = None
+    ) -> None:
         self.config, self.sources, self.seed = config, tuple(sources), seed
-        self._grid_of = grid_of
+        self._grid_of, self._cost_of = grid_of, lru_cache(maxsize=1 << 16)(cost_of or (lambda grid, _: float(tokens_of(grid))))
         self.place = lru_cache(maxsize=None)(self._place)
         self.packs = lru_cache(maxsize=_WINDOWS_KEPT)(self._packs)
         self._shards = [(source, shard) for source in self.sources for shard in source.shards]
@@ -106,16 +117,18 @@ class Plan:
         self._order = lru_cache(maxsize=_WINDOWS_KEPT)(self._order_of_shards)
         self._check_places()
 
-    @property
+    @cached_property
     def manifest_hash(self) -> str:
-        """Hash of the content of all sources."""
+        """Hash of the content of all sources and of what is left out of them."""
         return xxhash.xxh3_128_hexdigest("\n".join(source.hash for source in self.sources).encode())
 
     def step(self, position: Position) -> PlannedStep:
         """Plan the step that begins at `position`. Costs the same at any position."""
         packs: list[PlannedPack] = []
-        epoch, window, pack = position
-        if min(position) < 0 or window >= self.windows or pack > len(self.packs(epoch, window)):
+        epoch, window, pack, data = position
+        if data not in ("", self.manifest_hash):
+            raise UserError("the data of this run changed since it was saved: shards, their indexes, or data.skip_list; give another `out`")
+        if min(epoch, window, pack) < 0 or window >= self.windows or pack > len(self.packs(epoch, window)):
             raise UserError(f"the stream has no {position}: the data of this run changed since it was saved (keys under data)")
         while len(packs) < self.config.packs_per_step:
             available = self.packs(epoch, window)
@@ -126,7 +139,7 @@ class Plan:
                 epoch, window, pack = (epoch, window + 1, 0) if window + 1 < self.windows else (epoch + 1, 0, 0)
                 if not packs and epoch - position[0] > _EMPTY_EPOCHS:
                     raise UserError(f"no sample was drawn in {_EMPTY_EPOCHS} epochs: raise data.sources[i].weight")
-        return PlannedStep(tuple(packs), Position(epoch, window, pack))
+        return PlannedStep(tuple(packs), Position(epoch, window, pack, self.manifest_hash))
 
     def _packs(self, epoch: int, window: int) -> tuple[PlannedPack, ...]:
         """Every pack of one window."""
@@ -134,18 +147,28 @@ class Plan:
         shards = self._order(epoch)[window * size : (window + 1) * size]
         samples = chain.from_iterable(self._samples(source, shard, epoch) for source, shard in shards)
         shuffled = sorted(samples, key=lambda s: (randomness.key(self.seed, epoch, "order", s.id, s.repeat), s.id))
-        return tuple(packing.fill(((sample, tokens_of(sample.grid)) for sample in shuffled), self.config.token_budget))
+        tokens, costs = [tokens_of(sample.grid) for sample in shuffled], [sample.cost for sample in shuffled]
+        packs = packing.balance(tokens, costs, self.config.token_budget)
+        packs.sort(key=lambda pack: randomness.key(self.seed, epoch, "pack", shuffled[pack[0]].key))  # they are filled longest first
+        return tuple(tuple(shuffled[number] for number in pack) for pack in packs)
 
     def _order_of_shards(self, epoch: int) -> list[tuple[SourceManifest, Shard]]:
-        return sorted(self._shards, key=lambda item: randomness.key(self.seed, epoch, "shard", item[0].name, item[1].name))
+        """Shuffled, and each source spread evenly over the epoch, so that windows have about the same mix."""
+        order: list[tuple[float, SourceManifest, Shard]] = []
+        for source in self.sources:
+            shards = sorted(source.shards, key=lambda shard: randomness.key(self.seed, epoch, "shard", source.name, shard.name))
+            first = randomness.uniform(self.seed, epoch, "source", source.name)
+            order += [((number + first) / len(shards), source, shard) for number, shard in enumerate(shards)]
+        return [(source, shard) for _, source, shard in sorted(order, key=lambda item: (item[0], item[1].name))]
 
     def _samples(self, source: SourceManifest, shard: Shard, epoch: int) -> Iterator[PlannedSample]:
-        for entry in source.index(shard).entries:
+        for entry in source.entries(shard):
             size, grid, _ = self.place(entry.facts)
             if grid is not None:
                 name = f"{source.name}/{shard.name}/{entry.key}"
+                cost = self._cost_of(grid, entry.caption_length)
                 for repeat in range(self._occurrences(source.weight, epoch, name)):
-                    yield PlannedSample(name, shard.address, entry, size, grid, self.seed, epoch, repeat)
+                    yield PlannedSample(name, shard.address, entry, size, grid, self.seed, epoch, repeat, cost)
 
     def _occurrences(self, weight: float, epoch: int, name: str) -> int:
         """floor(weight), plus one more with the probability of the rest."""
@@ -180,9 +203,9 @@ class Plan:
             )
 
 
-def open_plan(config: DataConfig, grid_of: GridOf, seed: int) -> Plan:
-    """Read the sources of `config` and plan them."""
-    return Plan(config, read_sources(config.sources), grid_of, seed)
+def open_plan(config: DataConfig, grid_of: GridOf, seed: int, cost_of: CostOf | None = None) -> Plan:
+    """Read the sources of `config` and plan them. cost_of: None counts tokens."""
+    return Plan(config, read_sources(config.sources, config.skip_list), grid_of, seed, cost_of)
 
 
 def tokens_of(grid: Grid) -> int:
@@ -191,10 +214,24 @@ def tokens_of(grid: Grid) -> int:
     return t * h * w
 
 
+def cost_of_pack(pack: PlannedPack) -> float:
+    """Predicted cost of a pack."""
+    return sum(sample.cost for sample in pack)
+
+
 def share(packs: Sequence[PlannedPack], rank: int, world_size: int) -> Sequence[PlannedPack]:
     """The packs of a step that one rank reads. The one place that decides it: the shares are disjoint and cover the step."""
-    each = len(packs) // world_size
-    return packs[rank * each : (rank + 1) * each]
+    return [packs[number] for number in deal([cost_of_pack(pack) for pack in packs], world_size)[rank]]
+
+
+def deal(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """Numbers of the packs of each rank, equally many, by falling cost.
+
+    Dealt there and back: what ranks compute at the same time is about equal, and so are their sums.
+    """
+    falling = sorted(range(len(costs)), key=lambda number: -costs[number])
+    rows = [falling[start : start + world_size] for start in range(0, len(falling), world_size)]
+    return [[row[rank if number % 2 == 0 else -1 - rank] for number, row in enumerate(rows)] for rank in range(world_size)]
 
 
 def check_world_size(config: DataConfig, world_size: int) -> None:

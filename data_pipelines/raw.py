@@ -3,7 +3,9 @@
 Knows nothing of packs, steps or processes. Letters: T frames, H rows, W columns, C latent channels, S text tokens, D their width.
 """
 
+import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.deadline import deadline
 from data_pipelines.decode import decode, decode_npy
 from data_pipelines.plan import PlannedSample
 from data_pipelines.samples import (
@@ -39,12 +42,15 @@ class RawSample:
     error: str | None = None
 
 
-def read_sample(planned: PlannedSample) -> RawSample:
-    """Read and decode one planned sample, alone and anywhere. What makes it unusable becomes its `error`."""
+def read_sample(planned: PlannedSample, seconds: float | None = None) -> RawSample:
+    """Read and decode one planned sample, alone and anywhere. What makes it unusable becomes its `error`; so does taking `seconds`."""
     try:
-        return _read(planned)
+        with deadline(seconds) if seconds is not None else nullcontext():
+            return _read(planned)
     except BadSample as error:
         return RawSample(planned.id, planned.key, error=error.reason)
+    except MemoryError:
+        return RawSample(planned.id, planned.key, error="needs more memory than a loader process may take")
 
 
 def _read(planned: PlannedSample) -> RawSample:
@@ -68,7 +74,9 @@ def _array(data: bytes, axes: int) -> Tensor:
     values = decode_npy(data)
     if values.ndim != axes or 0 in values.shape:
         raise BadSample(f"array of shape {values.shape}, expected {axes} axes")
-    return torch.from_numpy(values.copy())  # the bytes it views are read-only
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written: a view saves a copy
+        return torch.from_numpy(values)
 
 
 def _label(meta: Mapping[str, Any], data: Mapping[str, bytes]) -> int | None:

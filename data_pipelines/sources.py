@@ -3,17 +3,19 @@
 Memory is bounded by the number of shards and of distinct sizes, not by the number of samples.
 """
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import xxhash
 
+from data_pipelines import filters
 from data_pipelines.config import Source
 from data_pipelines.errors import UserError
 from data_pipelines.foreign import index_foreign, summarise
-from data_pipelines.index import ShardIndex, index_path, read_index
+from data_pipelines.index import Entry, ShardIndex, index_path, read_index
 from data_pipelines.samples import Facts
 from data_pipelines.storage import filesystem
 
@@ -31,10 +33,26 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class SourceManifest:
-    """What a folder holds. `hash` covers every index, so equal hashes mean equal samples.
+class Selection:
+    """Which samples of a source are used: those that its filter lets pass and that are not on the skip list."""
 
-    facts: how many samples of each kind, size and rate. problems: what is wrong with shards, or was left out of them.
+    filter: filters.Filter | None = None
+    skip: frozenset[str] = frozenset()
+
+    def refuses(self, name: str, entry: Entry) -> str | None:
+        """Why the sample with the id `name` is left out, None if it is not."""
+        if name in self.skip:
+            return "on the skip list"
+        reason = self.filter.refuses(entry) if self.filter else None
+        return f"filter: {reason}" if reason else None
+
+
+@dataclass(frozen=True)
+class SourceManifest:
+    """What a folder holds and is used. `hash` covers every index and what is left out, so equal hashes mean equal samples.
+
+    facts: how many samples of each kind, size and rate are used. dropped: how many are not, by reason.
+    problems: what is wrong with shards, or was left out of them when they were indexed.
     """
 
     name: str
@@ -44,11 +62,17 @@ class SourceManifest:
     hash: str
     problems: tuple[str, ...]
     unwritable: Mapping[str, ShardIndex] = field(default_factory=dict, repr=False)
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    selection: Selection = field(default=Selection(), repr=False)
 
     @property
     def samples(self) -> int:
-        """Samples of all shards."""
+        """Samples of all shards, used or not."""
         return sum(shard.samples for shard in self.shards)
+
+    def entries(self, shard: Shard) -> Iterator[Entry]:
+        """The samples of one shard that are used."""
+        return (entry for entry in self.index(shard).entries if not self.selection.refuses(f"{self.name}/{shard.name}/{entry.key}", entry))
 
     def index(self, shard: Shard) -> ShardIndex:
         """The index of one shard. Raises UserError if it changed since the manifest was made."""
@@ -58,14 +82,22 @@ class SourceManifest:
         return index
 
 
-def read_source(folder: str, name: str = "", weight: float = 1.0, config_key: str = "data.sources[i].path") -> SourceManifest:
-    """Read all indexes of a folder of shards; shards without one are indexed. Raises UserError if there is nothing to read.
+def read_source(
+    folder: str,
+    name: str = "",
+    weight: float = 1.0,
+    config_key: str = "data.sources[i].path",
+    selection: Selection = Selection(),
+) -> SourceManifest:
+    """Read all indexes of a folder of shards; shards without one are indexed. Raises UserError if there is nothing to use.
 
     `name` begins the ids of its samples (the folder's own name if empty); `config_key` is for error texts.
     """
-    shards, problems, unwritable = [], [], {}
+    name = name or _basename(folder)
+    shards, problems, unwritable, known = [], [], {}, set[str]()
     facts: Counter[Facts] = Counter()
-    digest = xxhash.xxh3_128()
+    dropped: Counter[str] = Counter()
+    digest = xxhash.xxh3_128(selection.filter.text.encode() if selection.filter else b"")
     for address, length in _tars(folder, config_key):
         index, on_disk = _index_of(address)
         if not on_disk:
@@ -76,23 +108,54 @@ def read_source(folder: str, name: str = "", weight: float = 1.0, config_key: st
             problems.append(f"{address}: left out {summarise(index.problems)}")
         shard = Shard(address, PurePosixPath(address).stem, len(index.entries), index.digest)
         shards.append(shard)
-        facts.update(entry.facts for entry in index.entries)
         digest.update(f"{shard.name}\x1f{shard.digest}\n".encode())
+        for entry in index.entries:
+            if selection.filter:
+                known.update(filters.fields_of(entry))
+            if reason := selection.refuses(sample := f"{name}/{shard.name}/{entry.key}", entry):
+                dropped[reason] += 1
+                if sample in selection.skip:
+                    digest.update(f"{sample}\n".encode())
+            else:
+                facts[entry.facts] += 1
+    if selection.filter:
+        selection.filter.check_names(known)
+    if dropped and not facts:
+        counts = "; ".join(f"{count} x {reason}" for reason, count in dropped.items())
+        raise UserError(f"{config_key} = {folder!r}: no sample is left: {counts}; change its filter or data.skip_list")
     if not facts:
         raise UserError(f"{config_key} = {folder!r}: its {len(shards)} shards hold no usable sample ({'; '.join(problems) or 'all empty'})")
-    return SourceManifest(name or _basename(folder), weight, tuple(shards), facts, digest.hexdigest(), tuple(problems), unwritable)
+    return SourceManifest(name, weight, tuple(shards), facts, digest.hexdigest(), tuple(problems), unwritable, dropped, selection)
 
 
-def read_sources(sources: Sequence[Source]) -> tuple[SourceManifest, ...]:
-    """Read every source of a config. Folders of the same name are told apart by a number."""
+def read_sources(sources: Sequence[Source], skip_list: str | None = None) -> tuple[SourceManifest, ...]:
+    """Read every source of a config, without the samples of its skip list. Folders of the same name are told apart by a number."""
+    skip = read_skip_list(skip_list) if skip_list else frozenset[str]()
     seen: Counter[str] = Counter()
     manifests = []
     for number, source in enumerate(sources):
         base = _basename(source.path)
         seen[base] += 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
-        manifests.append(read_source(source.path, name, source.weight, f"data.sources[{number}].path"))
+        key = f"data.sources[{number}]"
+        selection = Selection(filters.Filter.parse(source.filter, f"{key}.filter") if source.filter else None, skip)
+        manifests.append(read_source(source.path, name, source.weight, f"{key}.path", selection))
     return tuple(manifests)
+
+
+def read_skip_list(path: str) -> frozenset[str]:
+    """Ids of the samples in a file of JSON lines, `{"id": "source/shard/key", ...}`. Raises UserError if it is none."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.skip_list = {path!r}: cannot be read ({error}); expected the bad_samples.jsonl of a run") from None
+    ids = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            ids.add(str(json.loads(line)["id"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f'{path}:{number}: got {line[:60]!r}, expected a JSON object with an "id"; change data.skip_list') from None
+    return frozenset(ids)
 
 
 def _tars(folder: str, config_key: str) -> list[tuple[str, int]]:

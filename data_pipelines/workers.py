@@ -10,11 +10,14 @@ import signal
 import threading
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_pipelines.deadline import limit_memory
 
 READ_AHEAD = 2
 """Items that each worker prepares ahead of their use."""
@@ -25,13 +28,22 @@ _KILL_SECONDS = 5.0
 Item = TypeVar("Item")
 
 
+class WorkerLost(RuntimeError):
+    """Workers ended by themselves; what they and the others read ahead is lost. codes: exit code by process id."""
+
+    def __init__(self, codes: dict[int, int]) -> None:
+        super().__init__(f"loader processes ended with exit codes {sorted(codes.values())}")
+        self.codes = codes
+
+
 class InOrder(Iterator[Item], Generic[Item]):
     """Iterate `dataset[index] for index in sampler` with `num_workers` processes, 0 for none.
 
     The workers live as long as the iteration. `close` ends them, and so do collection and the end of the process.
+    memory: bytes that each may take. Raises WorkerLost.
     """
 
-    def __init__(self, dataset: Dataset[Item], sampler: Sampler[Any], num_workers: int) -> None:
+    def __init__(self, dataset: Dataset[Item], sampler: Sampler[Any], num_workers: int, memory: int | None = None) -> None:
         before = set(multiprocessing.active_children())
         loader: DataLoader[Item] = DataLoader(
             dataset,
@@ -40,20 +52,29 @@ class InOrder(Iterator[Item], Generic[Item]):
             num_workers=num_workers,
             prefetch_factor=READ_AHEAD if num_workers else None,
             multiprocessing_context=_context() if num_workers else None,
-            worker_init_fn=_follow_the_parent,
+            worker_init_fn=partial(_begin, memory=memory),
             generator=torch.Generator(),  # else the loader takes its seed from the process-wide generator
         )
         self._running: list[Iterator[Item]] = [iter(loader)]
         workers = [child for child in multiprocessing.active_children() if child not in before]
+        self._workers = workers
         self._close = weakref.finalize(self, _end, self._running, workers)
 
     def __next__(self) -> Item:
         if not self._running:
             raise StopIteration
-        return next(self._running[0])
+        try:
+            return next(self._running[0])
+        except RuntimeError as error:  # how the loader says that a worker is gone, but also an error in the data set
+            codes = {worker.pid or 0: worker.exitcode for worker in self._workers if worker.exitcode is not None}
+            if not codes:
+                raise
+            raise WorkerLost(codes) from error
 
-    def close(self) -> None:
-        """End the iteration and its workers."""
+    def close(self, *, kill: bool = False) -> None:
+        """End the iteration and its workers; `kill` waits for none of them."""
+        for worker in self._workers if kill else ():
+            worker.kill()
         self._close()
 
 
@@ -72,7 +93,13 @@ def _context() -> Any:
     return context
 
 
-def _follow_the_parent(_: int) -> None:
+def _begin(_: int, memory: int | None) -> None:
+    if memory is not None:
+        limit_memory(memory)
+    _follow_the_parent()
+
+
+def _follow_the_parent() -> None:
     """End when the training process ends, not before: a ctrl-C or a scheduler's SIGTERM is for it, and it reads on until it has saved."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -93,3 +120,4 @@ def _end(running: list[Iterator[Any]], workers: list[BaseProcess]) -> None:
         worker.join(_KILL_SECONDS)
         if worker.is_alive():
             worker.kill()
+            worker.join(_KILL_SECONDS)

@@ -23,6 +23,11 @@ VERBS = {
     "train": Verb(
         "TrainRun", "train a diffusion transformer; the same command resumes", "dit train configs/train/cifar10_pixels.yaml train.seed=1"
     ),
+    "plan": Verb(
+        "TrainRun",
+        "say what a training will do with its data, without training",
+        "dit plan configs/train/videos.yaml data.packs_per_step=64",
+    ),
     "distill": Verb(
         "DistillRun", "make a few-step student of a trained run; the same command resumes", "dit distill configs/demo/distill.yaml"
     ),

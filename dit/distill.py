@@ -13,7 +13,7 @@ from dit.engine.loop import fit
 from dit.models import build_backbone
 from dit.runs import Encoders, TrainedRun, null_label, open_for_writing
 from dit.runtime import distributed
-from dit.stream import Stream
+from dit.stream import Stream, left_out
 
 
 def main(run: DistillRun) -> int:
@@ -25,19 +25,22 @@ def main(run: DistillRun) -> int:
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
-    folder = open_for_writing(run, base, stream.describe())
+    folder = open_for_writing(run, base, stream.describe(run.train.samples))
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
     objective = build_distillation(run.method, teacher, encoders.null_text, null_label(base), base.objective.shift)
     student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
     student.load_state_dict(teacher.state_dict())
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
-    steps = stream.steps(resume(engine, folder))
+    start = resume(engine, folder)
+    steps = stream.steps(start)
     fit(
         run,
         engine,
         steps,
         lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
         max_bad_fraction=data.max_bad_fraction,
+        left_out=left_out(start),
+        leave_out=steps.leave_out,
         validate=None,
         preview=Preview(run.preview, build_student_sampling(run.method), encoders, base, folder) if run.preview else None,
     )

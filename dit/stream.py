@@ -1,21 +1,24 @@
 """The data of a run as its verb sees it: plan, packs, and their encoding, with stale caches refused."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from data_pipelines import randomness
-from data_pipelines.config import DataConfig, Source
+from data_pipelines.config import DataConfig, Size, Source
 from data_pipelines.errors import UserError
-from data_pipelines.loader import RawPack, StepPacks, StepStream
+from data_pipelines.loader import RawPack, StepStream
 from data_pipelines.packed import Grid, PackedLatents, check_patch
 from data_pipelines.plan import START, Plan, Position, open_plan
 from data_pipelines.report import report
 from data_pipelines.samples import Facts
+from data_pipelines.sizes import expand
 from data_pipelines.sources import read_source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
@@ -37,12 +40,15 @@ class Stream:
         self.config, self.encoders, self.backbone, self.patch = config, encoders, backbone, backbone.patch_size
         for index, source in enumerate(config.sources):
             check_cache(source, encoders, f"data.sources.{index}.path")
-        self.plan = open_plan(config, self._grid_of, seed)
+        self.config = config = config.model_copy(update={"sizes": self._sizes(config)})
+        self.plan = open_plan(config, self._grid_of, seed, self._cost_of)
         self.packs_per_rank = config.packs_per_step // distributed.world_size()
 
-    def steps(self, start: dict[str, int] | None) -> Iterator[StepPacks]:
-        """Global steps from `start` (None: the beginning), this rank's share of each."""
-        return StepStream(self.plan, distributed.rank(), distributed.world_size(), Position(**start) if start else START)
+    def steps(self, start: Mapping[str, Any] | None) -> StepStream:
+        """Global steps from `start` as a checkpoint holds it (None: the beginning), this rank's share of each."""
+        place = {key: value for key, value in (start or {}).items() if key in Position._fields}
+        position = Position(**place) if place else START
+        return StepStream(self.plan, distributed.rank(), distributed.world_size(), position, frozenset(left_out(start)))
 
     def encode(self, pack: RawPack) -> PackedLatents:
         """Latents and text of a pack, on this rank's device; what is cached is taken as it is."""
@@ -51,19 +57,18 @@ class Stream:
     def training_flops(self, pack: RawPack) -> float:
         """Floating-point operations of the forward and backward pass over a pack; a caption is counted as it is long in words."""
         words = [len(sample.text) if sample.text is not None else len(sample.caption.split()) + 1 for sample in pack.samples]
-        sizes = {"channels": self.encoders.latents.channels, "text_width": self.encoders.text.width}
-        return 3.0 * forward_flops(self.backbone, pack.grids, words, **sizes)
+        return 3.0 * self._forward_flops(pack.grids, words)
 
-    def describe(self) -> str:
-        """What will be trained on, before the first step."""
-        return str(report(self.plan))
+    def describe(self, samples: int) -> str:
+        """What a run of `samples` will be trained on, before the first step."""
+        return str(report(self.plan, samples))
 
     def held_out(self, config: ValidationConfig) -> Callable[[nn.Module], HeldOut]:
         """A function that measures the losses at fixed noise on the first samples of a source that training does not see."""
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
         data = self.config.model_copy(update={"sources": [source], "packs_per_step": 1, "num_workers": 0})
-        stream = StepStream(Plan(data, [read_source(config.source, config_key="validation.source")], self._grid_of, 0), 0, 1)
+        stream = StepStream(Plan(data, [read_source(config.source, config_key="validation.source")], self._grid_of, 0, self._cost_of), 0, 1)
         packs: list[PackedLatents] = []
         while sum(len(pack.keys) for pack in packs) < config.samples:
             packs.append(self.encode(next(stream).packs[0]))
@@ -82,6 +87,24 @@ class Stream:
         size = (facts.frames, facts.height, facts.width)
         return check_patch(size if facts.kind == "latents" else self.encoders.latent_size(size, "data.sizes"), self.patch)
 
+    def _cost_of(self, grid: Grid, caption_length: int) -> float:
+        """Operations of a sample, by which packs and ranks are balanced; a word is taken to be six characters."""
+        return float(self._forward_flops([grid], [caption_length // 6 + 1]))
+
+    def _forward_flops(self, grids: Sequence[Grid], words: Sequence[int]) -> int:
+        sizes = {"channels": self.encoders.latents.channels, "text_width": self.encoders.text.width}
+        return forward_flops(self.backbone, grids, words, **sizes)
+
+    def _sizes(self, config: DataConfig) -> list[Size]:
+        """The sizes that `config` allows: those it names, and those of its rule that fit into a pack."""
+        if config.size_rule is None:
+            return config.sizes
+        stride = self.encoders.latents.stride
+        step, height, width = (a * b for a, b in zip(stride, self.patch, strict=True))
+        found = expand(config.size_rule, (1 + step - stride[0], step), (height, width), "data.size_rule")
+        fitting = [size for size in found if prod(self._grid_of(Facts("video", *size, None)) or ()) <= config.token_budget]
+        return sorted({*config.sizes, *fitting})
+
     def _with_classes(self, pack: RawPack) -> RawPack:
         """The pack with the labels that the backbone takes: none of them if it has no classes, else all of them in range."""
         classes = self.backbone.num_classes
@@ -95,6 +118,11 @@ class Stream:
                     "data.sources and validation.source, or change backbone.num_classes (null leaves labels out)"
                 )
         return pack
+
+
+def left_out(start: Mapping[str, Any] | None) -> list[str]:
+    """Ids that were unusable before the checkpoint that holds `start`."""
+    return list((start or {}).get("left_out", ()))
 
 
 def check_cache(source: Source, encoders: Encoders, key: str) -> None:

@@ -9,7 +9,7 @@ from dit.engine.loop import fit
 from dit.models import build_backbone
 from dit.runs import Encoders, null_label, open_for_writing
 from dit.runtime import distributed
-from dit.stream import Stream
+from dit.stream import Stream, left_out
 
 
 def main(run: TrainRun) -> int:
@@ -17,18 +17,21 @@ def main(run: TrainRun) -> int:
     distributed.init()
     encoders = Encoders.load(run.encoders, distributed.device())
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
-    folder = open_for_writing(run, run, stream.describe())
+    folder = open_for_writing(run, run, stream.describe(run.train.samples))
     objective = build_objective(run.objective, encoders.null_text, null_label(run))
     with distributed.seeded(run.train.seed):
         backbone = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
     engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
-    steps = stream.steps(resume(engine, folder))
+    start = resume(engine, folder)
+    steps = stream.steps(start)
     fit(
         run,
         engine,
         steps,
         lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
         max_bad_fraction=run.data.max_bad_fraction,
+        left_out=left_out(start),
+        leave_out=steps.leave_out,
         validate=stream.held_out(run.validation) if run.validation else None,
         preview=Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None,
         flops_of=stream.training_flops,

@@ -59,6 +59,8 @@ def fit(
     losses_of: Callable[[Any, float], Losses],
     *,
     max_bad_fraction: float,
+    left_out: Sequence[str] = (),
+    leave_out: Callable[[Sequence[str]], None] | None = None,
     validate: Callable[[nn.Module], HeldOut] | None = None,
     preview: Callable[[nn.Module, int], Tensor | None] | None = None,
     flops_of: Callable[[Any], float] | None = None,
@@ -66,6 +68,7 @@ def fit(
     """Train until `train.samples`, or until asked to stop; either way the last step is saved.
 
     losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same losses on all.
+    left_out: ids that were unusable before the checkpoint it goes on from. leave_out(ids) is told those of each step, on all ranks alike.
     preview(module, step) draws on the first rank with the averaged weights; videos (B, T, H, W, 3) it returns go to TensorBoard.
     flops_of(pack): floating-point operations of its forward and backward pass.
     Raises NonFinite, DataBudgetExceeded, UserError (disk), on all ranks.
@@ -76,7 +79,7 @@ def fit(
         return FitResult("done", engine.step, engine.samples_seen, None)
     with Records(folder, engine.step, distributed.rank() == 0) as records, StopSignals(folder) as stop:
         progress = Progress(train.samples, train.log_every_steps, _peak_of_all_devices(run))
-        budget = BadBudget(max_bad_fraction, train.samples, records)
+        budget = BadBudget(max_bad_fraction, train.samples, records, left_out)
         budget.check(engine.samples_seen)
         loss = None
         if preview and engine.step == 0:
@@ -98,13 +101,15 @@ def fit(
             progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
             _record(records, progress, engine, totals, grad_norm, validate(engine.module) if validate and is_due else None)
-            budget.spend(totals.bad, batch.bad, engine.step)
+            found = budget.spend(totals.bad, batch.bad, engine.step)
+            if leave_out and found:
+                leave_out(found)
             if preview and run.preview and engine.step % run.preview.every_steps == 0:
                 _draw(preview, engine, records)
 
             must_stop = totals.stop or budget.is_exceeded(engine.samples_seen)
             if must_stop or engine.step % train.save_every_steps == 0 or engine.samples_seen >= train.samples:
-                checkpoint.save(engine, folder, batch.position._asdict(), train.keep_checkpoints)
+                checkpoint.save(engine, folder, {**batch.position._asdict(), "left_out": budget.ids}, train.keep_checkpoints)
             if must_stop:
                 break
         progress.end()
@@ -115,18 +120,25 @@ def fit(
 
 
 class BadBudget:
-    """Unusable samples of a run, over all ranks and restarts, against the fraction that is tolerated."""
+    """Unusable samples of a run, over all ranks and restarts, against the fraction that is tolerated. ids: each once, as found."""
 
-    def __init__(self, fraction: float, total: int, records: Records) -> None:
+    def __init__(self, fraction: float, total: int, records: Records, ids: Sequence[str]) -> None:
         self.fraction, self.fewest, self.records = fraction, min(total, FEWEST_SAMPLES), records
         self.count = sum(distributed.gather_json(records.bad_before))
+        self.ids = list(ids)
 
-    def spend(self, count: int, bad: Sequence[tuple[str, str]], step: int) -> None:
-        """Count `count` unusable samples of all ranks, `bad` of them this rank's, and report each with its reason."""
-        if count:
-            self.count += count
-            ranks = distributed.gather_json([list(sample) for sample in bad])
-            self.records.bad(step, [(name, reason) for samples in ranks for name, reason in samples])
+    def spend(self, count: int, bad: Sequence[tuple[str, str]], step: int) -> list[str]:
+        """Count `count` unusable samples of all ranks, `bad` of them this rank's, report each, return the new ids of all ranks."""
+        if not count:
+            return []
+        self.count += count
+        ranks = distributed.gather_json([list(sample) for sample in bad])
+        samples = sorted((name, reason) for rank in ranks for name, reason in rank)
+        self.records.bad(step, samples)
+        known = set(self.ids)
+        new = sorted({name for name, _ in samples} - known)
+        self.ids += new
+        return new
 
     def is_exceeded(self, samples_seen: int) -> bool:
         """True, on all ranks alike, if the run must end."""

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from data_pipelines import moving_shapes, randomness
 from data_pipelines.decode import decode
 from data_pipelines.errors import UserError
+from data_pipelines.listing import list_source
 from data_pipelines.plan import PlannedSample
 from data_pipelines.raw import RawSample, read_sample
-from data_pipelines.raw_files import MAX_ARCHIVED_BYTES, Listing, RawFile, listed, sidecar
+from data_pipelines.raw_files import MAX_ARCHIVED_BYTES, RawFile
 from data_pipelines.samples import BadSample
 from data_pipelines.sources import read_source
 from dit.config.evaluation import ShapesClips, StoredClips
@@ -88,20 +89,19 @@ def _from_shards(config: StoredClips, seed: int) -> Iterator[RawSample]:
 def _from_folder(config: StoredClips, seed: int) -> Iterator[RawSample]:
     if not Path(config.path).is_dir():
         raise UserError(f"clips.path={config.path}: no such folder; expected one with images or videos")
-    with listed(Path(config.path), Path(gettempdir())) as listing:
-        for file in sorted(listing.files, key=lambda file: randomness.key("evaluation", seed, file.name)):
-            key = randomness.key(seed, file.name)
-            try:
-                yield _of_file(listing, file, config, key)
-            except BadSample as error:
-                yield RawSample(file.name, key, error=error.reason)
+    with TemporaryDirectory() as spool:
+        listing = list_source(config.path, Path(spool) / "archive.tar")
+    for file in sorted(listing.files, key=lambda file: randomness.key("evaluation", seed, file.name)):
+        key = randomness.key(seed, file.name)
+        try:
+            yield _of_file(file, config, key)
+        except BadSample as error:
+            yield RawSample(file.name, key, error=error.reason)
 
 
-def _of_file(listing: Listing, file: RawFile, config: StoredClips, key: int) -> RawSample:
-    pixels = torch.from_numpy(decode(file.read(MAX_ARCHIVED_BYTES), file.extension, config.size, key).copy())
-    folder = listing.class_of(file)
-    label = listing.classes.index(folder) if folder else None
-    return RawSample(file.name, key, sidecar(listing, file) or folder or "", label, pixels)
+def _of_file(file: RawFile, config: StoredClips, key: int) -> RawSample:
+    pixels = torch.from_numpy(decode(file.place.read(MAX_ARCHIVED_BYTES), file.extension, config.size, key).copy())
+    return RawSample(file.name, key, file.own_caption() or file.class_name or "", file.label, pixels)
 
 
 def _usable(samples: Iterator[RawSample], path: str) -> Iterator[Clip]:

@@ -31,8 +31,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_shard() -> Callable[..., Path]:
+def write_shard(write_shards: Callable[..., Path]) -> Callable[..., Path]:
     """Write a shard of small noise pictures with captions and labels; returns its path."""
+    return write_shards
+
+
+@pytest.fixture(scope="session")
+def write_shards() -> Callable[..., Path]:
+    """`write_shard`, for fixtures of wider scope."""
 
     def write(folder: Path, number: int = 0, samples: int = 10, side: int = 8) -> Path:
         folder.mkdir(exist_ok=True)

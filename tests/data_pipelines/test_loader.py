@@ -30,16 +30,19 @@ def plan_of(folder, seed=0, **changes):
 
 
 def fingerprint(packs):
-    digest = hashlib.sha256()
+    """Hash of the packs of a step, whichever rank reads which."""
+    digests = []
     for pack in packs:
+        digest = hashlib.sha256()
         for sample in pack.samples:
             digest.update(f"{sample.id} {sample.key} {sample.caption} {sample.error}".encode())
             digest.update(sample.pixels.numpy().tobytes() if sample.pixels is not None else b"-")
-    return digest.hexdigest()
+        digests.append(digest.hexdigest())
+    return tuple(sorted(digests))
 
 
 def run(folder, world_size, workers, count, start=START):
-    """Hash of every step over all ranks in order, and the position after the last."""
+    """Hashes of every step over all ranks, and the position after the last."""
     plan = plan_of(folder, num_workers=workers)
     streams = [StepStream(plan, rank, world_size, start) for rank in range(world_size)]
     hashes = []

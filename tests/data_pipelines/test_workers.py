@@ -1,18 +1,25 @@
 """Worker processes: they live exactly as long as the stream, whatever happens to the process that reads it."""
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from data_pipelines.config import DataConfig
+from data_pipelines.deadline import deadline
 from data_pipelines.loader import StepStream
 from data_pipelines.plan import open_plan
+from data_pipelines.samples import BadSample
+from data_pipelines.workers import InOrder, WorkerLost
 
 
 def grid_of(facts):
@@ -33,6 +40,110 @@ def test_closing_ends_the_workers_and_the_stream(shapes):
     assert set(multiprocessing.active_children()) <= before
     with pytest.raises(StopIteration):
         next(stream)
+
+
+# --- workers that hang or die -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stuck(tmp_path, write_shard):
+    """A plan of two shards, of which the first became a pipe: whoever opens it waits for ever."""
+    folder = tmp_path / "s"
+    first = write_shard(folder, 0, 1, 16)
+    write_shard(folder, 1, 3, 16)
+
+    def plan(**changes):
+        options = {"token_budget": 2, "packs_per_step": 2, "sizes": [(1, 16, 16)], **changes}
+        made = plan_of(folder, **options)
+        first.unlink(missing_ok=True)
+        if not first.exists():
+            os.mkfifo(first)
+        return made
+
+    return plan
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_takes_too_long_is_a_hole(stuck, workers):
+    with StepStream(stuck(num_workers=workers, sample_seconds=0.2), 0, 1) as stream:
+        step = next(stream)
+    assert step.bad == [("s/shard-000000/0-000", "took longer than 0.2 s")]
+    good = [sample for pack in step.packs for sample in pack.samples if sample.error is None]
+    assert [sample.pixels.shape for sample in good] == [(1, 16, 16, 3)] * 3
+
+
+def test_a_worker_that_dies_is_replaced_and_its_sample_is_a_hole(stuck):
+    plan = stuck(num_workers=2, sample_seconds=60)
+    before = set(multiprocessing.active_children())
+    with StepStream(plan, 0, 1) as stream:
+        deaths, ended = [], threading.Event()
+
+        def kill_whoever_waits():
+            while not ended.wait(0.05):
+                for pid, _, _ in stream._busy.tolist():
+                    if pid and not deaths and Path(f"/proc/{pid}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
+                        deaths.append(pid)
+                        os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_whoever_waits)
+        killer.start()
+        step = next(stream)
+        ended.set()
+        killer.join()
+        assert step.bad == [("s/shard-000000/0-000", "ended its reader (SIGKILL)")]
+        assert sum(len(pack.samples) for pack in step.packs) == 4
+    assert set(multiprocessing.active_children()) <= before
+
+
+class _Native(torch.utils.data.Dataset):
+    """Items whose making stays in native code, where no signal handler of Python runs."""
+
+    def __getitem__(self, item):
+        with deadline(0.1):
+            return len(hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9))
+
+
+def test_native_code_that_does_not_return_ends_with_its_process():
+    items = InOrder(_Native(), range(3), 1)
+    with pytest.raises(WorkerLost) as lost:
+        next(items)
+    items.close()
+    assert list(lost.value.codes.values()) == [-signal.SIGPROF]
+
+
+class _Large(torch.utils.data.Dataset):
+    def __getitem__(self, gigabytes):
+        try:
+            return len(np.ones(gigabytes << 27))
+        except MemoryError:
+            return "refused"
+
+
+def test_a_worker_takes_no_more_memory_than_it_may():
+    items = InOrder(_Large(), [2, 0], 1, memory=1 << 30)
+    assert next(items) == "refused"
+    assert next(items) == 0
+    items.close()
+
+
+def test_a_deadline_is_for_what_is_late_only():
+    began = time.perf_counter()
+    with pytest.raises(BadSample, match=r"took longer than 0\.05 s"), deadline(0.05):
+        time.sleep(30)
+    assert time.perf_counter() - began < 5
+    previous = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    rung: list[int] = []
+    rest, interval = signal.setitimer(signal.ITIMER_REAL, 500)
+    for _ in range(100):
+        with deadline(0.02):
+            pass
+    time.sleep(0.05)
+    assert rung == []
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 400  # an alarm of the process itself is as it was
+    signal.setitimer(signal.ITIMER_REAL, rest, interval)
+    assert signal.signal(signal.SIGALRM, previous) is not previous
+    with pytest.raises(KeyError), deadline(1):
+        raise KeyError
 
 
 _ENDLESS = """
