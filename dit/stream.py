@@ -18,7 +18,8 @@ from data_pipelines.samples import Facts
 from data_pipelines.sources import read_source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
-from dit.diffusion import held_out_loss
+from dit.config.objective import ObjectiveConfig
+from dit.diffusion import build_denoiser, build_path, held_out_loss
 from dit.encoders import prepare
 from dit.models.flops import forward_flops
 from dit.runs import Encoders
@@ -56,7 +57,7 @@ class Stream:
         """What will be trained on, before the first step."""
         return str(report(self.plan))
 
-    def held_out(self, config: ValidationConfig) -> Callable[[nn.Module], dict[str, float]]:
+    def held_out(self, config: ValidationConfig, objective: ObjectiveConfig) -> Callable[[nn.Module], dict[str, float]]:
         """A function that measures the loss at fixed noise on the first samples of a source that training does not see."""
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
@@ -69,7 +70,7 @@ class Stream:
 
         @torch.no_grad()
         def measure(denoiser: nn.Module) -> dict[str, float]:
-            losses = held_out_loss(denoiser, packs, config.times)
+            losses = held_out_loss(build_denoiser(objective, denoiser), packs, config.times, build_path(objective.path))
             return {"loss": sum(losses.values()) / len(losses)} | {f"loss_t/{t:g}": loss for t, loss in losses.items()}
 
         return measure

@@ -29,7 +29,7 @@ def main(run: TrainRun) -> int:
         steps,
         lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
         max_bad_fraction=run.data.max_bad_fraction,
-        validate=stream.held_out(run.validation) if run.validation else None,
+        validate=stream.held_out(run.validation, run.objective) if run.validation else None,
         preview=Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None,
         flops_of=stream.training_flops,
     )

@@ -1,15 +1,15 @@
 """The five roots of the configuration, one a verb. Every knob of the system is in this folder or in data_pipelines/config.py."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from data_pipelines.config import DataConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
-from dit.config.objective import RectifiedFlowConfig, SamplingConfig
+from dit.config.objective import DDPMConfig, ObjectiveConfig, RectifiedFlowConfig, SamplingConfig
 
 
 class FitRun(Section):
@@ -29,7 +29,17 @@ class TrainRun(FitRun):
     data: DataConfig
     encoders: EncodersConfig = EncodersConfig()
     backbone: SpatioTemporalDiTConfig
-    objective: RectifiedFlowConfig = RectifiedFlowConfig()
+    objective: ObjectiveConfig = RectifiedFlowConfig()
+
+    @model_validator(mode="after")
+    def _variance_has_channels(self) -> Self:
+        learned = isinstance(self.objective, DDPMConfig) and self.objective.variance == "learned"
+        if learned != self.backbone.learned_variance:
+            raise ValueError(
+                f"backbone.learned_variance={self.backbone.learned_variance} does not fit objective.variance: "
+                "a network with channels for the variance is trained by objective {name: ddpm, variance: learned}, and by no other"
+            )
+        return self
 
 
 class DistillRun(FitRun):

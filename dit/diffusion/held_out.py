@@ -6,12 +6,15 @@ import torch
 
 from data_pipelines.packed import PackedLatents
 from dit.diffusion.denoiser import Denoiser
-from dit.diffusion.objectives import noised, velocity_losses
-from dit.diffusion.paths import velocity_of
+from dit.diffusion.objectives import noised
+from dit.diffusion.paths import Path
+from dit.diffusion.times import RECTIFIED_FLOW
 
 
 @torch.no_grad()
-def held_out_loss(denoiser: Denoiser, batches: Sequence[PackedLatents], times: Sequence[float]) -> dict[float, float]:
+def held_out_loss(
+    denoiser: Denoiser, batches: Sequence[PackedLatents], times: Sequence[float], path: Path = RECTIFIED_FLOW
+) -> dict[float, float]:
     """Mean squared velocity error at each of `times`, over the samples of all `batches` that are no holes.
 
     Every sample keeps one noise, drawn by its key, at all levels; conditions are never dropped.
@@ -21,7 +24,8 @@ def held_out_loss(denoiser: Denoiser, batches: Sequence[PackedLatents], times: S
     assert samples > 0, "no sample to evaluate"
     for batch in batches:
         for level in times:
-            x_t, noise, t = noised(batch, torch.full((len(batch.keys),), level, dtype=torch.float64))
-            result = velocity_losses(denoiser(x_t, t, batch.cond), velocity_of(batch.tokens, noise), batch, t)
-            losses[level] += float(result.per_sample.double().sum())
+            x_t, noise, t = noised(batch, torch.full((len(batch.keys),), level, dtype=torch.float64), path)
+            velocity = denoiser(x_t, t, batch.cond)[:, : x_t.shape[1]]
+            error = (velocity.float() - path.target("velocity", batch.tokens, noise, t, batch.cond)).square()
+            losses[level] += float((batch.cond.per_sample(error) * batch.weights).double().sum())
     return {level: loss / samples for level, loss in losses.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.distillation import ConsistencyConfig
-from dit.config.objective import Guidance, SamplingConfig, TokenShift
+from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
@@ -30,7 +30,7 @@ class ConsistencyDistillation:
     a gap that shrinks in stages (Geng et al. 2024, arXiv:2406.14548).
     """
 
-    def __init__(self, config: ConsistencyConfig, teacher: Denoiser, token_shift: TokenShift | None) -> None:
+    def __init__(self, config: ConsistencyConfig, teacher: Denoiser, token_shift: ShiftConfig | None) -> None:
         self.config = config
         self.teacher = teacher
         self.token_shift = token_shift

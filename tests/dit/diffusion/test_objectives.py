@@ -8,8 +8,8 @@ from data_pipelines import randomness
 from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
 from dit.config.objective import LogitNormalTimes, RectifiedFlowConfig, TokenShift
 from dit.diffusion import build_objective, held_out_loss
-from dit.diffusion.objectives import RectifiedFlow
-from tests.dit.diffusion.gaussian_mixture import pack_of_points
+from dit.diffusion.ground_truth import pack_of_points
+from dit.diffusion.objectives import Regression
 
 GRIDS = [(1, 2, 2), (2, 2, 3), (1, 1, 1), (1, 2, 2)]
 NULL_TEXT = torch.full((2, 5), 9.0)
@@ -32,10 +32,10 @@ def text_denoiser(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     return x_t * cond.per_token(t)[:, None] + cond.per_token(text + labels)[:, None]
 
 
-def objective(dropout: float, **options: object) -> RectifiedFlow:
+def objective(dropout: float, **options: object) -> Regression:
     config = RectifiedFlowConfig.model_validate({"condition_dropout": dropout, **options})
     built = build_objective(config, NULL_TEXT, NULL_LABEL)
-    assert isinstance(built, RectifiedFlow)
+    assert isinstance(built, Regression)
     return built
 
 

@@ -1,0 +1,153 @@
+"""Gaussian mixtures whose noised marginals, velocity, flow and likelihood are known in closed form: the truth that samplers are held to.
+
+`python -m dit.diffusion.ground_truth` prints how near every sampler comes. A mixture is a denoiser of any path.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
+from dit.diffusion.paths import Coefficients, Path
+from dit.diffusion.times import RECTIFIED_FLOW
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """Data of isotropic components: means (K, P), one standard deviation each (K,), weights (K,); tokens are independent draws."""
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+    path: Path = RECTIFIED_FLOW
+
+    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p_t(x) in nats, (L,), for x (L, P) at t (L,)."""
+        return self._log_parts(x, self._at(x, t)).logsumexp(1)
+
+    def log_posterior(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p(component | x_t = x), (L, K)."""
+        return self._log_parts(x, self._at(x, t)).log_softmax(1)
+
+    def ends(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[latents | x_t = x] and E[noise | x_t = x], (L, P) each, for x (L, P) at t (L,)."""
+        c = self._at(x, t)
+        share = self._log_parts(x, c).softmax(1)[..., None]  # (L, K, 1)
+        variances, means = self.stds.to(x).square(), self.means.to(x)
+        total = (c.a.square() * variances + c.b.square())[..., None]  # (L, K, 1)
+        offset = x[:, None] - c.a[..., None] * means  # (L, K, P)
+        latents = means + (c.a * variances)[..., None] * offset / total
+        return (share * latents).sum(1), (share * c.b[..., None] * offset / total).sum(1)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """Gradient of log p_t(x), (L, P)."""
+        return -self.ends(x, t)[1] / self._at(x, t).b
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[d x_t / d t | x_t = x], (L, P)."""
+        c, (latents, noise) = self._at(x, t), self.ends(x, t)
+        return c.da * latents + c.db * noise
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.velocity(x_t, cond.per_token(t))
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """(count, P) samples of the data, float32."""
+        rng = torch.Generator().manual_seed(seed)
+        which = torch.multinomial(self.weights.float(), count, replacement=True, generator=rng)
+        return (self.means[which] + self.stds[which, None] * torch.randn(count, self.means.shape[1], generator=rng)).float()
+
+    def _at(self, x: Tensor, t: Tensor) -> Coefficients:
+        return Coefficients(*(part[:, None].to(x) for part in self.path.at(t)))  # (L, 1)
+
+    def _log_parts(self, x: Tensor, c: Coefficients) -> Tensor:
+        total = c.a.square() * self.stds.to(x).square() + c.b.square()  # (L, K)
+        squared = (x[:, None] - c.a[..., None] * self.means.to(x)).square().sum(-1)
+        return self.weights.to(x).log() - squared / (2 * total) - x.shape[1] / 2 * (2 * math.pi * total).log()
+
+
+@dataclass(frozen=True)
+class ProductMixture:
+    """x = Q y with independent coordinates y_d, each a mixture of two Gaussians: P dimensions, 2^P unequal modes, unit variance.
+
+    Noise is isotropic, so the flow moves each y_d alone, and in one dimension it keeps quantiles: its map is F_s^-1(F_t(y_d)).
+    coordinates: one mixture (means (2, 1)) each. rotation: Q (P, P), orthogonal.
+    """
+
+    coordinates: tuple[GaussianMixture, ...]
+    rotation: Tensor
+    path: Path
+
+    @classmethod
+    def standard(cls, path: Path = RECTIFIED_FLOW, dimensions: int = 8) -> "ProductMixture":
+        """Weights from 0.29 to 0.48, components 5 to 9 of their standard deviations apart, a fixed random Q."""
+        rng = torch.Generator().manual_seed(8)
+        rotation, _ = torch.linalg.qr(torch.randn(dimensions, dimensions, dtype=torch.float64, generator=rng))
+        parts = []
+        for place in torch.linspace(0, 1, dimensions, dtype=torch.float64):
+            weight, apart = 0.29 + 0.19 * place, 9 - 4 * place
+            means = torch.stack([-apart * (1 - weight), apart * weight])  # mean 0: the first has `weight`
+            scale = (1 + weight * (1 - weight) * apart**2).rsqrt()
+            parts.append(GaussianMixture((means * scale)[:, None], scale.expand(2), torch.stack([weight, 1 - weight]), path))
+        return cls(tuple(parts), rotation, path)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self._by_coordinate(x_t, lambda part, y: part.velocity(y, cond.per_token(t)))
+
+    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p_t(x) in nats, (L,)."""
+        y = x @ self.rotation.to(x)
+        return torch.stack([part.log_prob(y[:, [d]], t) for d, part in enumerate(self.coordinates)]).sum(0)
+
+    def flow_map(self, x: Tensor, t: float, s: float) -> Tensor:
+        """Where the probability flow takes x (L, P) from level t to s, to machine precision."""
+        return self._by_coordinate(x, lambda part, y: _quantile(part, _cdf(part, y, t), s))
+
+    def distance(self, x: Tensor) -> float:
+        """Mean over the coordinates y_d of the Wasserstein-2 distance of the samples x (L, P) to the data."""
+        y = (x.double() @ self.rotation).sort(dim=0).values
+        u = (torch.arange(len(y), dtype=torch.float64)[:, None] + 0.5) / len(y)
+        pairs = zip(self.coordinates, y.split(1, dim=1), strict=True)
+        return float(torch.stack([(ours - _quantile(part, u, 0.0)).square().mean().sqrt() for part, ours in pairs]).mean())
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        """(count, P) samples of the data, float64."""
+        u = torch.rand(count, len(self.coordinates), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        y = [_quantile(part, column, 0.0) for part, column in zip(self.coordinates, u.split(1, dim=1), strict=True)]
+        return torch.cat(y, dim=1) @ self.rotation.T
+
+    def _by_coordinate(self, x: Tensor, of: Callable[[GaussianMixture, Tensor], Tensor]) -> Tensor:
+        y, q = x @ self.rotation.to(x), self.rotation.to(x)
+        return torch.cat([of(part, column) for part, column in zip(self.coordinates, y.split(1, dim=1), strict=True)], dim=1) @ q.T
+
+
+def _cdf(part: GaussianMixture, y: Tensor, t: float) -> Tensor:
+    c = part.path.at(torch.tensor(t, dtype=torch.float64))
+    std = (c.a.square() * part.stds.square() + c.b.square()).sqrt()
+    return (part.weights * torch.special.ndtr((y - c.a * part.means[:, 0]) / std)).sum(1, keepdim=True)  # (L, 1)
+
+
+def _quantile(part: GaussianMixture, u: Tensor, t: float) -> Tensor:
+    c = part.path.at(torch.tensor(t, dtype=torch.float64))
+    reach = 10 * float((c.a.square() + c.b.square()).sqrt())
+    low, high = torch.full_like(u, -reach), torch.full_like(u, reach)
+    for _ in range(64):
+        middle = (low + high) / 2
+        below = _cdf(part, middle, t) < u
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return (low + high) / 2
+
+
+def points(count: int, text_width: int = 4) -> Conditioning:
+    """Conditioning of `count` samples of one token each, with one zero text token."""
+    return pack_conditioning([(1, 1, 1)] * count, [torch.zeros(1, text_width)] * count)
+
+
+def pack_of_points(latents: Tensor, first_key: int) -> PackedLatents:
+    """Samples of one token each: latents (n, P), keys counted from `first_key`."""
+    count = len(latents)
+    ids = tuple(f"point/{i}" for i in range(count))
+    return PackedLatents(latents, points(count), tuple(range(first_key, first_key + count)), ids, torch.ones(count))
