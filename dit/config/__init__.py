@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
@@ -30,6 +30,13 @@ class TrainRun(FitRun):
     encoders: EncodersConfig = EncodersConfig()
     backbone: SpatioTemporalDiTConfig
     objective: ObjectiveConfig = RectifiedFlowConfig()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_has_a_name(cls, value: object) -> object:
+        if not isinstance(value, dict) or "name" in value:
+            return value
+        return {"name": "diffusion" if "path" in value else "rectified_flow", **value}
 
     @model_validator(mode="after")
     def _variance_has_channels(self) -> Self:

@@ -71,10 +71,16 @@ class MinSNRWeighting(Section):
     gamma: PositiveFloat = 5.0
 
 
-class SNRWeighting(Section):
-    """On the error of the latents: SNR + 1, or max(SNR, 1) (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
+class SNRPlusOneWeighting(Section):
+    """SNR + 1 on the error of the latents (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
 
-    name: Literal["snr_plus_one", "truncated_snr"]
+    name: Literal["snr_plus_one"]
+
+
+class TruncatedSNRWeighting(Section):
+    """max(SNR, 1) on the error of the latents (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
+
+    name: Literal["truncated_snr"]
 
 
 class EDMWeighting(Section):
@@ -107,7 +113,14 @@ class LogitNormalWeighting(Section):
 
 
 WeightingConfig = Annotated[
-    ConstantWeighting | MinSNRWeighting | SNRWeighting | EDMWeighting | P2Weighting | SigmoidWeighting | LogitNormalWeighting,
+    ConstantWeighting
+    | MinSNRWeighting
+    | SNRPlusOneWeighting
+    | TruncatedSNRWeighting
+    | EDMWeighting
+    | P2Weighting
+    | SigmoidWeighting
+    | LogitNormalWeighting,
     Field(discriminator="name"),
 ]
 
@@ -183,7 +196,7 @@ class Guidance(Section):
     interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Guide at these t only (Kynkäänniemi et al. 2024, arXiv:2404.07724)."""
     rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far the spread of the guided prediction is brought back to that of the conditional one (Lin et al. 2023, arXiv:2305.08891, 3.4)."""
+    """How far the spread of the guided prediction goes back to that of the conditional one (Lin et al. 2023, arXiv:2305.08891, 3.4)."""
     zero_star: bool = False
     """Scale the null prediction to fit the conditional one best (CFG-Zero*, Fan et al. 2025, arXiv:2503.18886, eq. 13)."""
     negative_prompt: str = ""

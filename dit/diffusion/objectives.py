@@ -53,7 +53,7 @@ class Regression:
 
 
 def distance(squared: Tensor, huber: float) -> Tensor:
-    """Squared error, or the pseudo-Huber distance sqrt(error^2 + c^2) - c (Song & Dhariwal 2023, arXiv:2310.14189, eq. 8), per dimension."""
+    """Squared error, or the pseudo-Huber sqrt(error^2 + c^2) - c (Song & Dhariwal 2023, arXiv:2310.14189, eq. 8), per dimension."""
     return squared if huber == 0 else (squared + huber**2).sqrt() - huber
 
 

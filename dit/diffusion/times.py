@@ -27,6 +27,7 @@ from dit.config.objective import (
 from dit.diffusion.paths import Path, RectifiedFlow, VariancePreserving
 
 RECTIFIED_FLOW = RectifiedFlow()
+SHIFTED = ShiftedSteps()
 
 
 def from_uniform(config: TimesConfig, u: Tensor, path: Path = RECTIFIED_FLOW) -> Tensor:
@@ -91,7 +92,7 @@ def draw(
 
 
 def schedule(
-    steps: int, k: float, config: StepsConfig = ShiftedSteps(), path: Path = RECTIFIED_FLOW, trained: TimesConfig | None = None
+    steps: int, k: float, config: StepsConfig = SHIFTED, path: Path = RECTIFIED_FLOW, trained: TimesConfig | None = None
 ) -> Tensor:
     """The levels that a sampler visits: (steps + 1,) float64, falling to exactly 0, where `config` does not say else from exactly 1.
 

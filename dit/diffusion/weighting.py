@@ -16,7 +16,8 @@ from dit.config.objective import (
     MinSNRWeighting,
     P2Weighting,
     SigmoidWeighting,
-    SNRWeighting,
+    SNRPlusOneWeighting,
+    TruncatedSNRWeighting,
     WeightingConfig,
 )
 from dit.diffusion.paths import Path, Quantity
@@ -30,8 +31,10 @@ def weight_of(config: WeightingConfig, prediction: Quantity, path: Path, t: Tens
             return config.space or prediction, torch.ones_like(snr)
         case MinSNRWeighting():
             return "latents", snr.clamp(max=config.gamma)
-        case SNRWeighting():
-            return "latents", snr + 1 if config.name == "snr_plus_one" else snr.clamp(min=1)
+        case SNRPlusOneWeighting():
+            return "latents", snr + 1
+        case TruncatedSNRWeighting():
+            return "latents", snr.clamp(min=1)
         case EDMWeighting():
             return "latents", snr + path.sigma_data**-2
         case P2Weighting():
