@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import Section
 from dit.config.path import PathConfig, RectifiedFlowPath, VPPath
@@ -40,6 +40,7 @@ TimesConfig = Annotated[UniformTimes | LogitNormalTimes | ModeTimes | LogNormalT
 class TokenShift(Section):
     """t' = k t / (1 + (k - 1) t) with k = sqrt(tokens / base_tokens), frames included (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
 
+    name: Literal["tokens"] = "tokens"
     base_tokens: PositiveInt
     """Tokens of a sample at which times are not shifted."""
 
@@ -47,6 +48,7 @@ class TokenShift(Section):
 class ExponentialShift(Section):
     """The same with k = exp(m), m linear in the number of tokens (Flux)."""
 
+    name: Literal["exponential"]
     low_tokens: PositiveInt = 256
     high_tokens: PositiveInt = 4096
     low: float = 0.5
@@ -55,12 +57,15 @@ class ExponentialShift(Section):
     """m at high_tokens."""
 
 
-ShiftConfig = TokenShift | ExponentialShift
+ShiftConfig = Annotated[TokenShift | ExponentialShift, Field(discriminator="name")]
+
+
+Prediction = Literal["latents", "noise", "v", "velocity", "score", "edm"]
 
 
 class ConstantWeighting(Section):
     name: Literal["constant"] = "constant"
-    space: Literal["latents", "noise", "v", "velocity", "score", "edm"] | None = None
+    space: Prediction | None = None
     """Take the error of this quantity; None of what the network predicts."""
 
 
@@ -112,17 +117,9 @@ class LogitNormalWeighting(Section):
     std: PositiveFloat = 1.0
 
 
-WeightingConfig = Annotated[
-    ConstantWeighting
-    | MinSNRWeighting
-    | SNRPlusOneWeighting
-    | TruncatedSNRWeighting
-    | EDMWeighting
-    | P2Weighting
-    | SigmoidWeighting
-    | LogitNormalWeighting,
-    Field(discriminator="name"),
-]
+_SNRWeighting = MinSNRWeighting | SNRPlusOneWeighting | TruncatedSNRWeighting
+_OtherWeighting = EDMWeighting | P2Weighting | SigmoidWeighting | LogitNormalWeighting
+WeightingConfig = Annotated[ConstantWeighting | _SNRWeighting | _OtherWeighting, Field(discriminator="name")]
 
 
 class _Conditional(Section):
@@ -131,7 +128,7 @@ class _Conditional(Section):
 
 
 class _Continuous(_Conditional):
-    prediction: Literal["latents", "noise", "v", "velocity", "score", "edm"] = "velocity"
+    prediction: Prediction = "velocity"
     """What the network answers with; `edm` preconditions it."""
     weighting: WeightingConfig = ConstantWeighting()
     huber: NonNegativeFloat = 0.0
@@ -140,14 +137,23 @@ class _Continuous(_Conditional):
     stratified: bool = False
     """Draw the times of a pack one from each of as many equal parts of the distribution, for a loss of less variance."""
     shift: ShiftConfig | None = None
-    """Longer samples need more noise to lose their content; None for no shift."""
+    """Longer samples need more noise to lose their content; None for no shift. Without a name it is `tokens`."""
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _shift_has_a_name(cls, value: object) -> object:
+        return {"name": "tokens", **value} if isinstance(value, dict) else value
 
 
 class RectifiedFlowConfig(_Continuous):
-    """The path of rectified flow."""
+    """The path of rectified flow; `name: diffusion` takes any."""
 
     name: Literal["rectified_flow"] = "rectified_flow"
-    path: RectifiedFlowPath = RectifiedFlowPath()
+
+    @property
+    def path(self) -> RectifiedFlowPath:
+        """The one path."""
+        return RectifiedFlowPath()
 
 
 class DiffusionConfig(_Continuous):
