@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,74 +70,76 @@ class GaussianMixture:
 
 @dataclass(frozen=True)
 class ProductMixture:
-    """x = Q y with independent coordinates y_d, each a mixture of two Gaussians: P dimensions, 2^P unequal modes, unit variance.
+    """x = Q y with independent coordinates y_d, each a mixture of two Gaussians: D dimensions, 2^D unequal modes, unit variance.
 
     Noise is isotropic, so the flow moves each y_d alone, and in one dimension it keeps quantiles: its map is F_s^-1(F_t(y_d)).
-    coordinates: one mixture (means (2, 1)) each. rotation: Q (P, P), orthogonal.
+    means, weights: (D, 2). stds: (D, 1). rotation: Q (D, D), orthogonal. All float64.
     """
 
-    coordinates: tuple[GaussianMixture, ...]
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
     rotation: Tensor
     path: Path
 
     @classmethod
     def standard(cls, path: Path = RECTIFIED_FLOW, dimensions: int = 8) -> "ProductMixture":
-        """Weights from 0.29 to 0.48, components 5 to 9 of their standard deviations apart, a fixed random Q."""
+        """Weights from 0.29 to 0.48, components 9 to 5 of their standard deviations apart, a fixed random Q."""
         rng = torch.Generator().manual_seed(8)
         rotation, _ = torch.linalg.qr(torch.randn(dimensions, dimensions, dtype=torch.float64, generator=rng))
-        parts = []
-        for place in torch.linspace(0, 1, dimensions, dtype=torch.float64):
-            weight, apart = 0.29 + 0.19 * place, 9 - 4 * place
-            means = torch.stack([-apart * (1 - weight), apart * weight])  # mean 0: the first has `weight`
-            scale = (1 + weight * (1 - weight) * apart**2).rsqrt()
-            parts.append(GaussianMixture((means * scale)[:, None], scale.expand(2), torch.stack([weight, 1 - weight]), path))
-        return cls(tuple(parts), rotation, path)
+        place = torch.linspace(0, 1, dimensions, dtype=torch.float64)[:, None]
+        weight, apart = 0.29 + 0.19 * place, 9 - 4 * place
+        std = (1 + weight * (1 - weight) * apart.square()).rsqrt()
+        means = torch.cat([-apart * (1 - weight), apart * weight], dim=1) * std  # weighted, their mean is 0
+        return cls(means, std, torch.cat([weight, 1 - weight], dim=1), rotation, path)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        return self._by_coordinate(x_t, lambda part, y: part.velocity(y, cond.per_token(t)))
+        c = Coefficients(*(cond.per_token(part.to(x_t))[:, None] for part in self.path.at(t)))
+        a, b, means, variances = c.a[..., None], c.b[..., None], self.means.to(x_t), self.stds.to(x_t).square()
+        y = x_t @ self.rotation.to(x_t)
+        offset, total = y[..., None] - a * means, a.square() * variances + b.square()  # (L, D, 2), (L, D, 1)
+        share = (self.weights.to(x_t).log() - offset.square() / (2 * total)).softmax(-1)
+        latents, noise = means + a * variances * offset / total, b * offset / total
+        return (c.da * (share * latents).sum(-1) + c.db * (share * noise).sum(-1)) @ self.rotation.to(x_t).T
 
-    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
-        """log p_t(x) in nats, (L,)."""
-        y = x @ self.rotation.to(x)
-        return torch.stack([part.log_prob(y[:, [d]], t) for d, part in enumerate(self.coordinates)]).sum(0)
+    def log_prob(self, x: Tensor, t: float) -> Tensor:
+        """log p_t(x) in nats, (L,), for x (L, D)."""
+        y, (centres, std) = x @ self.rotation, self._at(t)
+        log_density = -((y[..., None] - centres) / std).square() / 2 - (std * math.sqrt(2 * math.pi)).log()
+        return (self.weights.log() + log_density).logsumexp(-1).sum(1)
 
     def flow_map(self, x: Tensor, t: float, s: float) -> Tensor:
-        """Where the probability flow takes x (L, P) from level t to s, to machine precision."""
-        return self._by_coordinate(x, lambda part, y: _quantile(part, _cdf(part, y, t), s))
+        """Where the probability flow takes x (L, D) from level t to s, to machine precision."""
+        return self._quantile(self._cdf(x @ self.rotation, t), s) @ self.rotation.T
 
     def distance(self, x: Tensor) -> float:
-        """Mean over the coordinates y_d of the Wasserstein-2 distance of the samples x (L, P) to the data."""
+        """Mean over the coordinates y_d of the Wasserstein-2 distance of the samples x (L, D) to the data."""
         y = (x.double() @ self.rotation).sort(dim=0).values
         u = (torch.arange(len(y), dtype=torch.float64)[:, None] + 0.5) / len(y)
-        pairs = zip(self.coordinates, y.split(1, dim=1), strict=True)
-        return float(torch.stack([(ours - _quantile(part, u, 0.0)).square().mean().sqrt() for part, ours in pairs]).mean())
+        return float((y - self._quantile(u.expand_as(y), 0.0)).square().mean(0).sqrt().mean())
 
     def draw(self, count: int, seed: int) -> Tensor:
-        """(count, P) samples of the data, float64."""
-        u = torch.rand(count, len(self.coordinates), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        y = [_quantile(part, column, 0.0) for part, column in zip(self.coordinates, u.split(1, dim=1), strict=True)]
-        return torch.cat(y, dim=1) @ self.rotation.T
+        """(count, D) samples of the data, float64."""
+        u = torch.rand(count, len(self.means), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        return self._quantile(u, 0.0) @ self.rotation.T
 
-    def _by_coordinate(self, x: Tensor, of: Callable[[GaussianMixture, Tensor], Tensor]) -> Tensor:
-        y, q = x @ self.rotation.to(x), self.rotation.to(x)
-        return torch.cat([of(part, column) for part, column in zip(self.coordinates, y.split(1, dim=1), strict=True)], dim=1) @ q.T
+    def _at(self, t: float) -> tuple[Tensor, Tensor]:
+        c = self.path.at(torch.tensor(t, dtype=torch.float64))
+        return c.a * self.means, (c.a.square() * self.stds.square() + c.b.square()).sqrt()  # (D, 2), (D, 1)
 
+    def _cdf(self, y: Tensor, t: float) -> Tensor:
+        centres, std = self._at(t)
+        return (self.weights * torch.special.ndtr((y[..., None] - centres) / std)).sum(-1)  # (L, D)
 
-def _cdf(part: GaussianMixture, y: Tensor, t: float) -> Tensor:
-    c = part.path.at(torch.tensor(t, dtype=torch.float64))
-    std = (c.a.square() * part.stds.square() + c.b.square()).sqrt()
-    return (part.weights * torch.special.ndtr((y - c.a * part.means[:, 0]) / std)).sum(1, keepdim=True)  # (L, 1)
-
-
-def _quantile(part: GaussianMixture, u: Tensor, t: float) -> Tensor:
-    c = part.path.at(torch.tensor(t, dtype=torch.float64))
-    reach = 10 * float((c.a.square() + c.b.square()).sqrt())
-    low, high = torch.full_like(u, -reach), torch.full_like(u, reach)
-    for _ in range(64):
-        middle = (low + high) / 2
-        below = _cdf(part, middle, t) < u
-        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-    return (low + high) / 2
+    def _quantile(self, u: Tensor, t: float) -> Tensor:
+        centres, std = self._at(t)
+        reach = (centres.abs() + 10 * std).max()
+        low, high = -reach.expand_as(u), reach.expand_as(u)
+        for _ in range(64):
+            middle = (low + high) / 2
+            below = self._cdf(middle, t) < u
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
 
 
 def points(count: int, text_width: int = 4) -> Conditioning:

@@ -66,9 +66,10 @@ def unipc(
 ) -> Tensor:
     """UniPC-`order` with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithms 7 and 8): predict, then correct for free.
 
-    Accurate to order + 1: each call at a predicted point also corrects the step that led there. Orders rise from 1 and fall to 1.
+    Accurate to order + 1: each call at a predicted point also corrects the step that led there. Orders rise from 1, and fall to 1 towards t = 0.
     """
     history: list[tuple[Coefficients, Tensor]] = []  # of the levels visited, the newest last
+    onto_data = not bool(times[-1].any())
     starts: list[tuple[Tensor, int]] = []  # x from which the last step was taken, and its order
 
     def step(number: int, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def unipc(
             x = _unipc_update(start, history[-used:], c, latents, cond)
         history.append((c, latents))
         del history[:-order]
-        used = min(order, number, len(times) - number)
+        used = min(order, number, len(times) - number if onto_data else order)
         starts.append((x, used))
         return _unipc_update(x, history[-used:], path.at(t_next), None, cond)
 
