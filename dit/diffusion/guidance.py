@@ -82,6 +82,7 @@ class ClassifierGuidance:
     """Adds gamma grad log p(y | x_t) to the score of a denoiser (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2).
 
     log_likelihood(x_t, t, cond): ln p(y | x_t) of each sample, (n,), by a classifier that was trained on noised samples of `path`.
+    Where a = 0 no score makes a velocity: on rectified flow put it `Within` an interval that ends below t = 1.
     """
 
     def __init__(

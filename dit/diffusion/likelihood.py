@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def log_likelihood(
     probes = _unit_probes(latents, cond) if keys is None else [_signs(latents, cond, keys)]
     x, gained = latents, latents.new_zeros(len(cond.grids), dtype=torch.float64)
     rows = times.to(latents)[:, None].expand(-1, len(cond.grids))
-    for t, t_next in zip(rows[:-1], rows[1:], strict=True):
+    for t, t_next in pairwise(rows):
         length = on_tokens(t_next - t, cond, x)
         first, trace = _slope(denoiser, x, t, cond, probes)
         second, trace_next = _slope(denoiser, x + length * first, t_next, cond, probes)
@@ -38,7 +39,7 @@ def log_likelihood(
 
 def bits_per_dimension(log_p: Tensor, cond: Conditioning, channels: int) -> Tensor:
     """-log2 p / dimensions of each sample; channels: P of its tokens."""
-    return -log_p / (math.log(2) * channels * torch.tensor(cond.lengths, device=log_p.device))
+    return -log_p / (math.log(2) * channels * torch.tensor(cond.lengths, device=log_p.device, dtype=torch.float64))
 
 
 def _slope(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Conditioning, probes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

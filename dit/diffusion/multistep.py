@@ -66,7 +66,8 @@ def unipc(
 ) -> Tensor:
     """UniPC-`order` with B(h) = e^h - 1 (Zhao et al. 2023, arXiv:2302.04867, algorithms 7 and 8): predict, then correct for free.
 
-    Accurate to order + 1: each call at a predicted point also corrects the step that led there. Orders rise from 1, and fall to 1 towards t = 0.
+    Accurate to order + 1: each call at a predicted point also corrects the step that led there. Orders rise from 1, and
+    fall to 1 towards t = 0.
     """
     history: list[tuple[Coefficients, Tensor]] = []  # of the levels visited, the newest last
     onto_data = not bool(times[-1].any())

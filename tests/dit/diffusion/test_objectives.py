@@ -130,3 +130,11 @@ def test_held_out_loss_is_fixed_weighted_and_per_level() -> None:
         errors.append(float((text_denoiser(x_t, torch.tensor([0.75]), one.cond) - (noise - one.tokens)).square().mean()))
     assert losses[0.75] == pytest.approx(sum(errors) / 3, rel=1e-6)
     assert losses[0.25] != pytest.approx(losses[0.75], rel=1e-3)
+
+
+def test_losses_of_rectified_flow_are_the_golden_ones() -> None:
+    """Bit for bit those of the first release; a change here changes every run that is being trained."""
+    losses = objective(0.3, shift=TokenShift(base_tokens=4))(text_denoiser, pack([3, 1, 0, 2]), 0.0)
+    golden = ["0x1.097d6cp+8", "0x1.72caep+2", "0x1.020892p+8", "0x1.ceeec8p+3"]
+    assert losses.per_sample.tolist() == [float.fromhex(value) for value in golden]
+    assert losses.t.tolist() == [float.fromhex(value) for value in ("0x1.631e34p-1", "0x1.a40804p-2", "0x1.a44176p-1", "0x1.5e5a88p-3")]
