@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from dit.config import DistillRun, TrainRun
+from dit.config import DistillRun
 from dit.config.load import load_run
-from dit.diffusion import RECTIFIED_FLOW, Denoiser, OnPath, build_denoiser, build_path
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import Preview
 from dit.engine import durable
@@ -28,7 +28,8 @@ def main(run: DistillRun) -> int:
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe())
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-    objective = build_distillation(run.method, on_rectified_flow(teacher, base), encoders.null_text, null_label(base), base.objective.shift)
+    guide = build_denoiser(base.objective, teacher, RECTIFIED_FLOW)  # students live on rectified flow, whatever their teacher's path
+    objective = build_distillation(run.method, guide, encoders.null_text, null_label(base), base.objective.shift)
     student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
     student.load_state_dict(teacher.state_dict())
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
@@ -37,18 +38,12 @@ def main(run: DistillRun) -> int:
         run,
         engine,
         steps,
-        lambda pack, progress: objective(on_rectified_flow(engine.module, base), stream.encode(pack), progress),
+        lambda pack, progress: objective(build_denoiser(base.objective, engine.module, RECTIFIED_FLOW), stream.encode(pack), progress),
         max_bad_fraction=data.max_bad_fraction,
         validate=None,
         preview=Preview(run.preview, build_student_sampling(run.method), encoders, base, folder) if run.preview else None,
     )
     return 0
-
-
-def on_rectified_flow(network: Denoiser, base: TrainRun) -> Denoiser:
-    """A network of the run `base`, whatever its path and prediction, as a denoiser of rectified flow, on which students are made."""
-    denoiser = build_denoiser(base.objective, network)
-    return denoiser if base.objective.path.name == "rectified_flow" else OnPath(denoiser, build_path(base.objective.path), RECTIFIED_FLOW)
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

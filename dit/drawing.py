@@ -13,11 +13,11 @@ from dit.config import TrainRun
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, WeakModel
 from dit.diffusion import (
+    RECTIFIED_FLOW,
     AutoGuidance,
     ClassifierFreeGuidance,
     Denoiser,
     Extrapolation,
-    OnPath,
     Path,
     Within,
     build_denoiser,
@@ -46,17 +46,19 @@ def draw(
     device = encoders.null_text.device
     classes = None if labels is None else torch.tensor(labels, device=device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
-    guided = guide(build_denoiser(base.objective, denoiser), encoders, base, sampling.guidance)
+    student = sampling.sampler == "consistency"
+    path = RECTIFIED_FLOW if student else build_path(base.objective.path)  # students live on rectified flow
+    guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
     channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
-    k, path = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift), build_path(base.objective.path)
+    k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
     trained = None if isinstance(base.objective, DDPMConfig) else base.objective.times
     tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
 
-def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance) -> Denoiser:
-    """`denoiser` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker model."""
+def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:
+    """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker model."""
     if guidance.scale == 1:
         return denoiser
     guided: Denoiser
@@ -64,7 +66,7 @@ def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guid
         away = encoders.text.encode([guidance.negative_prompt])[0] if guidance.negative_prompt else encoders.null_text
         guided = ClassifierFreeGuidance(denoiser, away, guidance.scale, null_label(base), guidance.zero_star, guidance.rescale)
     else:
-        weak = _weak_model(guidance.weak, encoders, build_path(base.objective.path))
+        weak = _weak_model(guidance.weak, encoders, path)
         guided = AutoGuidance(denoiser, weak, Extrapolation(guidance.scale, guidance.zero_star, guidance.rescale))
     return guided if guidance.interval == (0, 1) else Within(denoiser, guided, *guidance.interval)
 
@@ -72,7 +74,7 @@ def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guid
 def _weak_model(config: WeakModel, encoders: Encoders, path: Path) -> Denoiser:
     trained = TrainedRun.open(config.run, "guidance.weak.run")
     network = trained.backbone(encoders, config.step, "ema", encoders.null_text.device)
-    return OnPath(build_denoiser(trained.base.objective, network), build_path(trained.base.objective.path), path)
+    return build_denoiser(trained.base.objective, network, path)
 
 
 def check_request(

@@ -10,6 +10,7 @@ from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
 from dit.config.objective import DDPMConfig, ObjectiveConfig, RectifiedFlowConfig, SamplingConfig
+from dit.config.path import VPPath
 
 
 class FitRun(Section):
@@ -45,6 +46,17 @@ class TrainRun(FitRun):
             raise ValueError(
                 f"backbone.learned_variance={self.backbone.learned_variance} does not fit objective.variance: "
                 "a network with channels for the variance is trained by objective {name: ddpm, variance: learned}, and by no other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        path, prediction = self.objective.path, self.objective.prediction
+        ends_in_noise = path.name in ("rectified_flow", "trigflow") or (isinstance(path, VPPath) and path.zero_terminal_snr)
+        if ends_in_noise and prediction in ("noise", "score"):
+            raise ValueError(
+                f"objective.prediction={prediction} says nothing of the data at t = 1, where objective.path={path.name} holds noise alone "
+                "and sampling begins; predict velocity, v, latents or edm, or take another path"
             )
         return self
 

@@ -60,16 +60,4 @@ class EDMPath(Section):
     """Standard deviation of the data; latents here have 1."""
 
 
-class LearnedPath(Section):
-    """a^2 = sigmoid(-gamma(t)) with a monotone gamma that is trained with the network (Kingma et al. 2021, arXiv:2107.00630, 4.1)."""
-
-    name: Literal["learned"]
-    log_snr_max: float = 13.3
-    """Of t = 0 at the start of training."""
-    log_snr_min: float = -5.0
-    """Of t = 1 at the start of training."""
-    pieces: PositiveInt = 32
-    """gamma is linear in so many pieces."""
-
-
 PathConfig = Annotated[RectifiedFlowPath | TrigFlowPath | VPPath | VEPath | EDMPath, Field(discriminator="name")]

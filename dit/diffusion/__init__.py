@@ -14,7 +14,7 @@ from dit.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, Classif
 from dit.diffusion.held_out import held_out_loss
 from dit.diffusion.multistep import dpmpp_2m, unipc
 from dit.diffusion.objectives import Objective, Regression
-from dit.diffusion.paths import Path, build_path
+from dit.diffusion.paths import Path, RectifiedFlow, build_path
 from dit.diffusion.samplers import ancestral, consistency, ddim, euler, euler_maruyama, heun, rk4, sample
 from dit.diffusion.times import RECTIFIED_FLOW, schedule, shift_of
 
@@ -30,9 +30,13 @@ def build_objective(config: ObjectiveConfig, null_text: Tensor, null_label: int 
             assert_never(config)
 
 
-def build_denoiser(config: ObjectiveConfig, network: Denoiser) -> Denoiser:
-    """A network that was trained with the objective of `config`, as a denoiser of its path."""
-    return Predicting(network, build_path(config.path), config.prediction)
+def build_denoiser(config: ObjectiveConfig, network: Denoiser, path: Path | None = None) -> Denoiser:
+    """A network that was trained with the objective of `config`, as a denoiser of its own path, or of `path`."""
+    own = build_path(config.path)
+    denoiser = Predicting(network, own, config.prediction)
+    if path is None or (isinstance(path, RectifiedFlow) and isinstance(own, RectifiedFlow)):
+        return denoiser
+    return OnPath(denoiser, own, path)
 
 
 __all__ = [

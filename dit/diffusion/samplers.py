@@ -10,6 +10,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning
 from dit.config.objective import SamplingConfig, TimesConfig
 from dit.diffusion.chain import Variance, log_variance, posterior
@@ -116,6 +117,8 @@ def ancestral(
 
     def step(number: int, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         answer, channels = denoiser(x, t.to(x), cond).to(x.dtype), x.shape[1]
+        if variance == "learned" and answer.shape[1] == channels:
+            raise UserError("sampling.variance=learned, but this model has no learned variance; use small or large")
         latents = path.convert(answer[:, :channels], "velocity", "latents", x, t.to(x), cond)
         back = posterior(path, t, t_next)
         mean = on_tokens(back.of_x, cond, x) * x + on_tokens(back.of_latents, cond, x) * latents

@@ -125,7 +125,7 @@ def test_wrong_reverse_formulas_fail() -> None:
     mixture, count, steps = ProductMixture.standard(VP), 500, 1000
     betas = 1 - (VP.at(chain(steps)).a.square() / VP.at((chain(steps) - 1 / steps).clamp(min=0)).a.square())
     wrong = mean_only = torch.randn(count, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for t, beta in zip(chain(steps)[:-1], betas, strict=False):
+    for t, beta in zip(chain(steps)[:-1], betas[:-1], strict=True):
         level, b = t[None], VP.at(t).b
         wrong = (wrong + beta.sqrt() * b * _score(mixture, wrong, level)) / (1 - beta).sqrt()
         mean_only = (mean_only + beta * _score(mixture, mean_only, level)) / (1 - beta).sqrt()
