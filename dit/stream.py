@@ -19,7 +19,7 @@ from data_pipelines.sources import read_source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
 from dit.config.objective import ObjectiveConfig
-from dit.diffusion import build_denoiser, build_path, held_out_loss
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser, held_out_loss
 from dit.encoders import prepare
 from dit.models.flops import forward_flops
 from dit.runs import Encoders
@@ -70,7 +70,7 @@ class Stream:
 
         @torch.no_grad()
         def measure(denoiser: nn.Module) -> dict[str, float]:
-            losses = held_out_loss(build_denoiser(objective, denoiser), packs, config.times, build_path(objective.path))
+            losses = held_out_loss(build_denoiser(objective, denoiser, RECTIFIED_FLOW), packs, config.times)  # comparable over paths
             return {"loss": sum(losses.values()) / len(losses)} | {f"loss_t/{t:g}": loss for t, loss in losses.items()}
 
         return measure

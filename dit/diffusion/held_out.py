@@ -7,15 +7,12 @@ import torch
 from data_pipelines.packed import PackedLatents
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
-from dit.diffusion.paths import Path
 from dit.diffusion.times import RECTIFIED_FLOW
 
 
 @torch.no_grad()
-def held_out_loss(
-    denoiser: Denoiser, batches: Sequence[PackedLatents], times: Sequence[float], path: Path = RECTIFIED_FLOW
-) -> dict[float, float]:
-    """Mean squared velocity error at each of `times`, over the samples of all `batches` that are no holes.
+def held_out_loss(denoiser: Denoiser, batches: Sequence[PackedLatents], times: Sequence[float]) -> dict[float, float]:
+    """Mean squared velocity error on rectified flow at each of `times`, over the samples of all `batches` that are no holes.
 
     Every sample keeps one noise, drawn by its key, at all levels; conditions are never dropped.
     """
@@ -24,8 +21,8 @@ def held_out_loss(
     assert samples > 0, "no sample to evaluate"
     for batch in batches:
         for level in times:
-            x_t, noise, t = noised(batch, torch.full((len(batch.keys),), level, dtype=torch.float64), path)
+            x_t, noise, t = noised(batch, torch.full((len(batch.keys),), level, dtype=torch.float64))
             velocity = denoiser(x_t, t, batch.cond)[:, : x_t.shape[1]]
-            error = (velocity.float() - path.target("velocity", batch.tokens, noise, t, batch.cond)).square()
+            error = (velocity.float() - RECTIFIED_FLOW.target("velocity", batch.tokens, noise, t, batch.cond)).square()
             losses[level] += float((batch.cond.per_sample(error) * batch.weights).double().sum())
     return {level: loss / samples for level, loss in losses.items()}

@@ -90,10 +90,8 @@ class VariationalDiffusion:
 
     def _ends(self, batch: PackedLatents) -> Tensor:
         """KL of the noise end to N(0, I), and the density of the latents given x_0, (n,)."""
-        ends = self.schedule.between(
-            torch.tensor([0.0, 1.0], device=batch.tokens.device).double(), torch.ones(2, device=batch.tokens.device)
-        )
-        a, b = (part[1].expand(len(batch.keys)) for part in (ends.a, ends.b))
+        one = torch.ones(len(batch.keys), dtype=torch.float64, device=batch.tokens.device)
+        a, b, _, _ = self.schedule.between(one, one)
         mean = on_tokens(a, batch.cond, batch.tokens) * batch.tokens
         prior = batch.cond.per_sample(mean.square()) / 2 + (b.square() - 1) / 2 - b.log()
         return prior + (math.log(2 * math.pi) + self.schedule.ends[0] + 1) / 2
