@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipelines.packed import Conditioning
 from dit.diffusion.denoiser import Denoiser
-from dit.diffusion.paths import Path, on_tokens
+from dit.diffusion.paths import Path, on_tokens, sample_sums
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Extrapolation:
     def __call__(self, v: Tensor, away: Tensor, cond: Conditioning) -> Tensor:
         """v, away: (L, P)."""
         if self.zero_star:
-            away = away * _of_samples(_sums(v * away, cond) / _sums(away.square(), cond).clamp(min=1e-12), cond)
+            away = away * _of_samples(sample_sums(v * away, cond) / sample_sums(away.square(), cond).clamp(min=1e-12), cond)
         guided = away + self.scale_s * (v - away)
         if self.rescale == 0:
             return guided
@@ -121,15 +121,10 @@ def _guide(combine: Extrapolation, v: Tensor, away: Tensor, channels: int, cond:
     return guided if v.shape[1] == channels else torch.cat([guided, v[:, channels:]], dim=1)
 
 
-def _sums(x: Tensor, cond: Conditioning) -> Tensor:
-    """(L, P) -> (n,): over the tokens and channels of each sample."""
-    return x.new_zeros(len(cond.grids)).index_add_(0, cond.sample_of_token, x.sum(1))
-
-
 def _std(x: Tensor, cond: Conditioning) -> Tensor:
     count = x.shape[1] * torch.tensor(cond.lengths, device=x.device).to(x)
-    offset = x - _of_samples(_sums(x, cond) / count, cond)
-    return (_sums(offset.square(), cond) / count).sqrt()
+    offset = x - _of_samples(sample_sums(x, cond) / count, cond)
+    return (sample_sums(offset.square(), cond) / count).sqrt()
 
 
 def _of_samples(per_sample: Tensor, cond: Conditioning) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from data_pipelines import randomness
 from data_pipelines.packed import Conditioning
 from dit.diffusion.denoiser import Denoiser
-from dit.diffusion.paths import Path, on_tokens
+from dit.diffusion.paths import Path, on_tokens, sample_sums
 
 
 def log_likelihood(
@@ -34,7 +34,7 @@ def log_likelihood(
         gained = gained + (t_next - t).double() * (trace + trace_next) / 2
     c = path.at(times[-1])
     variance = float(c.a.square() + c.b.square())
-    return gained + _sums(-x.double().square() / (2 * variance) - math.log(2 * math.pi * variance) / 2, cond)
+    return gained + sample_sums(-x.double().square() / (2 * variance) - math.log(2 * math.pi * variance) / 2, cond)
 
 
 def bits_per_dimension(log_p: Tensor, cond: Conditioning, channels: int) -> Tensor:
@@ -50,7 +50,7 @@ def _slope(denoiser: Denoiser, x: Tensor, t: Tensor, cond: Conditioning, probes:
         trace = x.new_zeros(len(cond.grids), dtype=torch.float64)
         for probe in probes:
             (product,) = torch.autograd.grad(velocity, x, probe.to(velocity), retain_graph=True)
-            trace = trace + _sums((product * probe).double(), cond)
+            trace = trace + sample_sums((product * probe).double(), cond)
     return velocity.detach().to(x.dtype), trace
 
 
@@ -64,7 +64,3 @@ def _unit_probes(x: Tensor, cond: Conditioning) -> list[Tensor]:
 def _signs(x: Tensor, cond: Conditioning, keys: Sequence[int]) -> Tensor:
     draws = [randomness.normal((length, x.shape[1]), key, "hutchinson") for key, length in zip(keys, cond.lengths, strict=True)]
     return torch.cat(draws).sign().to(x)
-
-
-def _sums(x: Tensor, cond: Conditioning) -> Tensor:
-    return x.new_zeros(len(cond.grids)).index_add_(0, cond.sample_of_token, x.sum(1))  # (L, P) -> (n,)

@@ -124,6 +124,11 @@ def on_tokens(per_row: Tensor, cond: Conditioning, like: Tensor) -> Tensor:
     return cond.per_token(per_row.to(like))[:, None]
 
 
+def sample_sums(x: Tensor, cond: Conditioning) -> Tensor:
+    """(L, P) -> (n,): the sum over the tokens and channels of each sample, in the dtype of x."""
+    return x.new_zeros(len(cond.grids)).index_add_(0, cond.sample_of_token, x.sum(1))
+
+
 class RectifiedFlow(Path):
     """a = 1 - t, b = t."""
 

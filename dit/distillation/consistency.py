@@ -14,7 +14,7 @@ from dit.config.distillation import ConsistencyConfig
 from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
-from dit.diffusion.objectives import noised
+from dit.diffusion.objectives import distance, noised
 from dit.diffusion.samplers import euler_slope, heun_slope
 from dit.runtime.losses import Losses
 
@@ -46,7 +46,7 @@ class ConsistencyDistillation:
         x_t, _, t = noised(batch, levels)
         target = self._target(student, x_t, t, lower.to(t), batch.cond)
         error = (student(x_t, t, batch.cond).float() - target).square()  # (L, P)
-        return Losses(self._distance(batch.cond.per_sample(error)) * batch.weights, t)
+        return Losses(distance(batch.cond.per_sample(error), self.config.huber) * batch.weights, t)
 
     def _levels(self, batch: PackedLatents, gap: float) -> tuple[Tensor, Tensor]:
         """t and r of each sample, (n,) float64: t = shift(u) and r = shift(u (1 - gap)), for u as drawn.
@@ -86,14 +86,6 @@ class ConsistencyDistillation:
             x = x + cond.per_token(t_to - t_from)[:, None] * velocity
             total = total + velocity
         return x, total / steps
-
-    def _distance(self, squared: Tensor) -> Tensor:
-        """Squared error, or the pseudo-Huber distance sqrt(error^2 + c^2) - c of Song & Dhariwal 2023, both per dimension.
-
-        Squared is the default: the gradient of an unsquared norm does not fade as the student converges.
-        """
-        c = self.config.huber
-        return squared if c == 0 else (squared + c**2).sqrt() - c
 
 
 def relative_gap(config: ConsistencyConfig, progress: float) -> float:

@@ -152,3 +152,17 @@ def test_edm(sampler: Callable[..., Tensor]) -> None:
         peer.is_scale_input_called = True
         x = peer.step(answer, timestep, x).prev_sample
     close(ours, x)
+
+
+def test_what_docs_say_is_different_there() -> None:
+    """docs/decisions/0004: if one of these fails, diffusers has changed and the page must."""
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow.set_timesteps(20)
+    least = flow.sigmas[-2]  # of a table from 1 / 1000 up: shifted once it is 0.0030
+    assert float(least) == pytest.approx(0.0089, abs=1e-4)
+    peer = diffusers.DDPMScheduler(**CONFIG, variance_type="fixed_large", clip_sample=False)
+    peer.set_timesteps(50)
+    zero, last = torch.zeros(1, 4000), peer.timesteps[-1]
+    generator = torch.Generator().manual_seed(0)
+    assert int(last) == 19
+    assert float(peer.step(zero, last, zero, generator=generator).prev_sample.std()) > 0.05
