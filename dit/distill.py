@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dit.config import DistillRun
 from dit.config.load import load_run
-from dit.diffusion import RECTIFIED_FLOW, build_denoiser
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser, equip
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import Preview
 from dit.engine import durable
@@ -30,7 +30,8 @@ def main(run: DistillRun) -> int:
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
     guide = build_denoiser(base.objective, teacher, RECTIFIED_FLOW)  # students live on rectified flow, whatever their teacher's path
     objective = build_distillation(run.method, guide, encoders.null_text, null_label(base), base.objective.shift)
-    student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    network = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    student = equip(network, base.objective)
     student.load_state_dict(teacher.state_dict())
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
     steps = stream.steps(resume(engine, folder))

@@ -11,7 +11,7 @@ from data_pipelines.packed import check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from dit.config import TrainRun
 from dit.config.engine import PreviewConfig
-from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, WeakModel
+from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
     RECTIFIED_FLOW,
     AutoGuidance,
@@ -21,7 +21,7 @@ from dit.diffusion import (
     Path,
     Within,
     build_denoiser,
-    build_path,
+    path_of,
     sample,
     shift_of,
 )
@@ -47,11 +47,11 @@ def draw(
     classes = None if labels is None else torch.tensor(labels, device=device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
     student = sampling.sampler == "consistency"
-    path = RECTIFIED_FLOW if student else build_path(base.objective.path)  # students live on rectified flow
+    path = RECTIFIED_FLOW if student else path_of(base.objective, denoiser)  # students live on rectified flow
     guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
     channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
     k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
-    trained = None if isinstance(base.objective, DDPMConfig) else base.objective.times
+    trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
     tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()

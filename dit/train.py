@@ -1,7 +1,7 @@
 """`dit train`: shards -> frozen encoders -> objective -> denoiser -> engine -> fit."""
 
 from dit.config import TrainRun
-from dit.diffusion import build_objective
+from dit.diffusion import build_objective, equip
 from dit.drawing import Preview
 from dit.engine.checkpoint import resume
 from dit.engine.deepspeed import Engine
@@ -20,7 +20,8 @@ def main(run: TrainRun) -> int:
     folder = open_for_writing(run, run, stream.describe())
     objective = build_objective(run.objective, encoders.null_text, null_label(run))
     with distributed.seeded(run.train.seed):
-        backbone = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        backbone = equip(network, run.objective)
     engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
     steps = stream.steps(resume(engine, folder))
     fit(

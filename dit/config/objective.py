@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import Section
-from dit.config.path import PathConfig, RectifiedFlowPath, VPPath
+from dit.config.path import LearnedPath, PathConfig, RectifiedFlowPath, VPPath
 
 
 class UniformTimes(Section):
@@ -182,7 +182,20 @@ class DDPMConfig(_Conditional):
         return None
 
 
-ObjectiveConfig = Annotated[RectifiedFlowConfig | DiffusionConfig | DDPMConfig, Field(discriminator="name")]
+class VariationalConfig(_Conditional):
+    """The continuous-time bound with a noise schedule that is learned with the network (Kingma et al. 2021, arXiv:2107.00630)."""
+
+    name: Literal["variational"]
+    path: LearnedPath = LearnedPath()
+    prediction: Literal["noise"] = "noise"
+
+    @property
+    def shift(self) -> None:
+        """The schedule has its own times."""
+        return None
+
+
+ObjectiveConfig = Annotated[RectifiedFlowConfig | DiffusionConfig | DDPMConfig | VariationalConfig, Field(discriminator="name")]
 
 
 class WeakModel(Section):

@@ -60,4 +60,14 @@ class EDMPath(Section):
     """Standard deviation of the data; latents here have 1."""
 
 
+class LearnedPath(Section):
+    """a^2 = sigmoid(-gamma(t)) with a monotone gamma that is trained with the network (Kingma et al. 2021, arXiv:2107.00630, 4.1)."""
+
+    name: Literal["learned"] = "learned"
+    ends: tuple[float, float] = (-13.3, 5.0)
+    """gamma at t = 0 and t = 1 where training begins; -gamma is the logarithm of the signal-to-noise ratio."""
+    pieces: PositiveInt = 32
+    """gamma is linear in so many pieces."""
+
+
 PathConfig = Annotated[RectifiedFlowPath | TrigFlowPath | VPPath | VEPath | EDMPath, Field(discriminator="name")]

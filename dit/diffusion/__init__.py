@@ -7,11 +7,12 @@ from typing import assert_never
 
 from torch import Tensor
 
-from dit.config.objective import DDPMConfig, DiffusionConfig, ObjectiveConfig, RectifiedFlowConfig
+from dit.config.objective import DDPMConfig, DiffusionConfig, ObjectiveConfig, RectifiedFlowConfig, VariationalConfig
 from dit.diffusion.ddpm import DDPM
 from dit.diffusion.denoiser import Denoiser, OnPath, Predicting
 from dit.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Extrapolation, Within
 from dit.diffusion.held_out import held_out_loss
+from dit.diffusion.learned_schedule import VariationalDiffusion, equip, schedule_of
 from dit.diffusion.multistep import dpmpp_2m, unipc
 from dit.diffusion.objectives import Objective, Regression
 from dit.diffusion.paths import Path, RectifiedFlow, build_path
@@ -26,13 +27,20 @@ def build_objective(config: ObjectiveConfig, null_text: Tensor, null_label: int 
             return Regression(config, null_text, null_label)
         case DDPMConfig():
             return DDPM(config, null_text, null_label)
+        case VariationalConfig():
+            return VariationalDiffusion(null_text, null_label, config.condition_dropout)
         case _:
             assert_never(config)
 
 
+def path_of(config: ObjectiveConfig, network: Denoiser) -> Path:
+    """The path of a network that was trained with the objective of `config`."""
+    return schedule_of(network) if isinstance(config, VariationalConfig) else build_path(config.path)
+
+
 def build_denoiser(config: ObjectiveConfig, network: Denoiser, path: Path | None = None) -> Denoiser:
     """A network that was trained with the objective of `config`, as a denoiser of its own path, or of `path`."""
-    own = build_path(config.path)
+    own = path_of(config, network)
     denoiser = Predicting(network, own, config.prediction)
     if path is None or (isinstance(path, RectifiedFlow) and isinstance(own, RectifiedFlow)):
         return denoiser
@@ -60,10 +68,12 @@ __all__ = [
     "consistency",
     "ddim",
     "dpmpp_2m",
+    "equip",
     "euler",
     "euler_maruyama",
     "held_out_loss",
     "heun",
+    "path_of",
     "rk4",
     "sample",
     "schedule",

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipelines.packed import PackedLatents
+from dit.config.objective import ObjectiveConfig, VariationalConfig
 from dit.diffusion.denoiser import Denoiser, ask
-from dit.diffusion.objectives import noised
+from dit.diffusion.objectives import drop_conditions, noised
 from dit.diffusion.paths import Coefficients, Path, on_tokens
 from dit.diffusion.times import uniforms
 from dit.runtime.losses import Losses
@@ -24,7 +25,7 @@ class LearnedSchedule(nn.Module, Path):
     ends: gamma at t = 0 and 1. A network is told how far gamma has come, in [0, 1].
     """
 
-    def __init__(self, ends: tuple[float, float] = (-13.3, 5.0), pieces: int = 32) -> None:
+    def __init__(self, ends: tuple[float, float], pieces: int) -> None:
         super().__init__()
         self.ends = nn.Parameter(torch.tensor(ends))
         self.logits = nn.Parameter(torch.zeros(pieces))  # of the share of the rise in each piece
@@ -69,29 +70,46 @@ class VariationalDiffusion:
     The gradient that the inner schedule receives is that of the squared loss, so it lowers the variance (their section 5.1).
     """
 
-    def __init__(self, schedule: LearnedSchedule) -> None:
-        self.schedule = schedule
+    def __init__(self, null_text: Tensor, null_label: int | None, condition_dropout: float) -> None:
+        self.null_text, self.null_label, self.condition_dropout = null_text, null_label, condition_dropout
 
     def __call__(self, network: Denoiser, batch: PackedLatents, progress: float) -> Losses:
-        """The bound of each sample, zero for holes. network: predicts noise, on the device of the schedule; one call of it."""
+        """The bound of each sample, zero for holes. network: predicts noise and carries its schedule; one call of it."""
+        schedule = schedule_of(network)
         t = uniforms(batch.keys, stratified=False).to(batch.tokens.device)
-        come, slope = self.schedule.progress(t)
-        level = _Fixed(self.schedule.between(come, slope), come)
+        come, slope = schedule.progress(t)
+        level = _Fixed(schedule.between(come, slope), come)
         x_t, noise, _ = noised(batch, t, level)
-        answer = ask(network, level, x_t, t.float(), batch.cond).float()
-        first, last = self.schedule.ends.double()
+        cond = drop_conditions(batch.cond, batch.keys, self.condition_dropout, self.null_text, self.null_label)
+        answer = ask(network, level, x_t, t.float(), cond).float()
+        first, last = schedule.ends.double()
         error = batch.cond.per_sample((answer - noise).square())
-        losses = (last - first) * slope * error / 2 + self._ends(batch)
+        losses = (last - first) * slope * error / 2 + _ends(schedule, batch)
         if come.requires_grad:
             scale = 2 * losses.detach()
             come.register_hook(lambda gradient: gradient * scale)
             slope.register_hook(lambda gradient: gradient * scale)
         return Losses(losses.float() * batch.weights, t.float())
 
-    def _ends(self, batch: PackedLatents) -> Tensor:
-        """KL of the noise end to N(0, I), and the density of the latents given x_0, (n,)."""
-        one = torch.ones(len(batch.keys), dtype=torch.float64, device=batch.tokens.device)
-        a, b, _, _ = self.schedule.between(one, one)
-        mean = on_tokens(a, batch.cond, batch.tokens) * batch.tokens
-        prior = batch.cond.per_sample(mean.square()) / 2 + (b.square() - 1) / 2 - b.log()
-        return prior + (math.log(2 * math.pi) + self.schedule.ends[0] + 1) / 2
+
+def schedule_of(network: object) -> LearnedSchedule:
+    """The schedule that a network carries."""
+    schedule = getattr(network, "schedule", None)
+    assert isinstance(schedule, LearnedSchedule), "the network was not equipped with its schedule"
+    return schedule
+
+
+def equip(network: nn.Module, config: ObjectiveConfig) -> nn.Module:
+    """The network with all that its objective trains beside it, as a part of its weights."""
+    if isinstance(config, VariationalConfig):
+        network.schedule = LearnedSchedule(config.path.ends, config.path.pieces)
+    return network
+
+
+def _ends(schedule: LearnedSchedule, batch: PackedLatents) -> Tensor:
+    """KL of the noise end to N(0, I), and the density of the latents given x_0, (n,)."""
+    one = torch.ones(len(batch.keys), dtype=torch.float64, device=batch.tokens.device)
+    a, b, _, _ = schedule.between(one, one)
+    mean = on_tokens(a, batch.cond, batch.tokens) * batch.tokens
+    prior = batch.cond.per_sample(mean.square()) / 2 + (b.square() - 1) / 2 - b.log()
+    return prior + (math.log(2 * math.pi) + schedule.ends[0] + 1) / 2

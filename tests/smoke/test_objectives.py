@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dit.engine.checkpoint import load_weights
 from tests.processes import Forks, distill_config, metrics, train_config
 
 PROMPT = "a large red disc moving right quickly near the top"
@@ -48,3 +49,12 @@ def test_a_preconditioned_network_its_student_and_a_weak_model(forks: Forks, lat
     weak = {"s": 1.5, "weak": {"run": str(teacher), "step": 4}}
     sampling = {"sampler": "unipc", "steps": 4, "schedule": {"name": "karras"}, "guidance": weak}
     draw(forks, tmp_path, {"run": str(teacher), "sampling": sampling}, {"run": str(tmp_path / "student")})
+
+
+def test_a_learned_schedule_is_trained_saved_and_sampled(forks: Forks, latents: Path, tmp_path: Path) -> None:
+    objective = {"name": "variational", "path": {"name": "learned", "pieces": 4}}
+    forks.run("train", str(train_config(tmp_path / "run.yaml", latents, objective=objective))).ok()
+    weights = load_weights(tmp_path / "run", None, "model")
+    assert weights["schedule.logits"].unique().numel() > 1
+    assert weights["schedule.ends"].tolist() != [-13.3, 5.0]
+    draw(forks, tmp_path, {"run": str(tmp_path / "run"), "sampling": {"sampler": "dpmpp_2m", "steps": 4}})
