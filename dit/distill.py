@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dit.config import DistillRun
 from dit.config.load import load_run
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser, equip
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import Preview
 from dit.engine import durable
@@ -27,8 +28,10 @@ def main(run: DistillRun) -> int:
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-    objective = build_distillation(run.method, teacher, encoders.null_text, null_label(base), base.objective.shift)
-    student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    guide = build_denoiser(base.objective, teacher, RECTIFIED_FLOW)  # students live on rectified flow, whatever their teacher's path
+    objective = build_distillation(run.method, guide, encoders.null_text, null_label(base), base.objective.shift)
+    network = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    student = equip(network, base.objective)
     student.load_state_dict(teacher.state_dict())
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
     start = resume(engine, folder)
@@ -37,7 +40,7 @@ def main(run: DistillRun) -> int:
         run,
         engine,
         steps,
-        lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
+        lambda pack, progress: objective(build_denoiser(base.objective, engine.module, RECTIFIED_FLOW), stream.encode(pack), progress),
         max_bad_fraction=data.max_bad_fraction,
         left_out=left_out(start),
         leave_out=steps.leave_out,

@@ -1,7 +1,7 @@
 """From prompts to videos: what previews, `dit sample` and `dit evaluate` share."""
 
+import pathlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,10 +11,22 @@ from data_pipelines.packed import check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from dit.config import TrainRun
 from dit.config.engine import PreviewConfig
-from dit.config.objective import SamplingConfig
-from dit.diffusion import ClassifierFreeGuidance, Denoiser, sample, shift_of
+from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
+from dit.diffusion import (
+    RECTIFIED_FLOW,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    Denoiser,
+    Extrapolation,
+    Path,
+    Within,
+    build_denoiser,
+    path_of,
+    sample,
+    shift_of,
+)
 from dit.evaluation.pictures import contact_sheet, write_video_grid
-from dit.runs import Encoders, null_label
+from dit.runs import Encoders, TrainedRun, null_label
 
 
 @torch.no_grad()
@@ -34,11 +46,35 @@ def draw(
     device = encoders.null_text.device
     classes = None if labels is None else torch.tensor(labels, device=device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
-    guided = ClassifierFreeGuidance(denoiser, encoders.null_text, sampling.guidance.scale, null_label(base))
+    student = sampling.sampler == "consistency"
+    path = RECTIFIED_FLOW if student else path_of(base.objective, denoiser)  # students live on rectified flow
+    guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
     channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
-    tokens = sample(guided, cond, tuple(keys), channels, sampling, shift_of(grid[0] * grid[1] * grid[2], base.objective.shift))
+    k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
+    trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
+    tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+
+
+def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:
+    """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker model."""
+    if guidance.scale == 1:
+        return denoiser
+    guided: Denoiser
+    if guidance.weak is None:
+        away = encoders.text.encode([guidance.negative_prompt])[0] if guidance.negative_prompt else encoders.null_text
+        guided = ClassifierFreeGuidance(denoiser, away, guidance.scale, null_label(base), guidance.zero_star, guidance.rescale)
+    else:
+        weak = _weak_model(guidance.weak, encoders, path)
+        guided = AutoGuidance(denoiser, weak, Extrapolation(guidance.scale, guidance.zero_star, guidance.rescale))
+    return guided if guidance.interval == (0, 1) else Within(denoiser, guided, *guidance.interval)
+
+
+def _weak_model(config: WeakModel, encoders: Encoders, path: Path) -> Denoiser:
+    trained = TrainedRun.open(config.run, "guidance.weak.run")
+    network = trained.backbone(encoders, config.step, "ema", encoders.null_text.device)
+    return build_denoiser(trained.base.objective, network, path)
 
 
 def check_request(
@@ -69,7 +105,7 @@ def sample_keys(seed: int, count: int) -> list[int]:
 class Preview:
     """Draws the fixed prompts of a run at fixed noise into its `samples/` folder."""
 
-    def __init__(self, config: PreviewConfig, sampling: SamplingConfig, encoders: Encoders, base: TrainRun, folder: Path) -> None:
+    def __init__(self, config: PreviewConfig, sampling: SamplingConfig, encoders: Encoders, base: TrainRun, folder: pathlib.Path) -> None:
         check_request(encoders, base, config.prompts, config.labels, config.size, "preview.")
         self.config, self.sampling, self.encoders, self.base, self.folder = config, sampling, encoders, base, folder
 

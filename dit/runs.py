@@ -28,6 +28,7 @@ from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.encoders import EncodersConfig
 from dit.config.load import load_run, save_resolved
 from dit.config.objective import SamplingConfig
+from dit.diffusion import equip
 from dit.distillation import build_student_sampling
 from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
 from dit.engine import durable
@@ -100,7 +101,8 @@ class TrainedRun:
 
     def backbone(self, encoders: Encoders, step: int | None, weights: Literal["ema", "model"], device: torch.device) -> nn.Module:
         """The network with the weights of checkpoint `step` (None: newest valid), frozen, on `device`."""
-        module = build_backbone(self.base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        network = build_backbone(self.base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        module = equip(network, self.base.objective)
         module.load_state_dict(load_weights(self.path, step, weights))
         return module.eval().requires_grad_(False).to(device)
 

@@ -22,7 +22,8 @@ from data_pipelines.sizes import expand
 from data_pipelines.sources import read_source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
-from dit.diffusion import held_out_loss
+from dit.config.objective import ObjectiveConfig
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser, held_out_loss
 from dit.encoders import prepare
 from dit.engine.held_out import HeldOut
 from dit.models.flops import forward_flops
@@ -63,7 +64,7 @@ class Stream:
         """What a run of `samples` will be trained on, before the first step."""
         return str(report(self.plan, samples))
 
-    def held_out(self, config: ValidationConfig) -> Callable[[nn.Module], HeldOut]:
+    def held_out(self, config: ValidationConfig, objective: ObjectiveConfig) -> Callable[[nn.Module], HeldOut]:
         """A function that measures the losses at fixed noise on the first samples of a source that training does not see."""
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
@@ -80,7 +81,13 @@ class Stream:
         keys, grids = [key for pack in packs for key in pack.keys], [grid for pack in packs for grid in pack.cond.grids]
         shapes = ["x".join(map(str, grid)) for grid, is_real in zip(grids, real, strict=True) if is_real]
         samples = f"{randomness.key('held out', *keys, *real.tolist()):016x}"
-        return lambda denoiser: HeldOut(held_out_loss(denoiser, packs, config.times)[:, real], config.times, shapes, samples)
+
+        @torch.no_grad()
+        def measure(network: nn.Module) -> HeldOut:
+            denoiser = build_denoiser(objective, network, RECTIFIED_FLOW)  # comparable over paths
+            return HeldOut(held_out_loss(denoiser, packs, config.times)[:, real], config.times, shapes, samples)
+
+        return measure
 
     def _grid_of(self, facts: Facts) -> Grid | None:
         """Tokens (t, h, w) of a sample as the plan will deliver it."""

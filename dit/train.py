@@ -1,7 +1,7 @@
 """`dit train`: shards -> frozen encoders -> objective -> denoiser -> engine -> fit."""
 
 from dit.config import TrainRun
-from dit.diffusion import build_objective
+from dit.diffusion import build_objective, equip
 from dit.drawing import Preview
 from dit.engine.checkpoint import resume
 from dit.engine.deepspeed import Engine
@@ -20,7 +20,8 @@ def main(run: TrainRun) -> int:
     folder = open_for_writing(run, run, stream.describe(run.train.samples))
     objective = build_objective(run.objective, encoders.null_text, null_label(run))
     with distributed.seeded(run.train.seed):
-        backbone = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        backbone = equip(network, run.objective)
     engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
     start = resume(engine, folder)
     steps = stream.steps(start)
@@ -32,7 +33,7 @@ def main(run: TrainRun) -> int:
         max_bad_fraction=run.data.max_bad_fraction,
         left_out=left_out(start),
         leave_out=steps.leave_out,
-        validate=stream.held_out(run.validation) if run.validation else None,
+        validate=stream.held_out(run.validation, run.objective) if run.validation else None,
         preview=Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None,
         flops_of=stream.training_flops,
     )

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
@@ -10,7 +10,8 @@ from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
 from dit.config.evaluation import AdherenceConfig, Metric, ShapesClips, StoredClips
-from dit.config.objective import RectifiedFlowConfig, SamplingConfig
+from dit.config.objective import DDPMConfig, ObjectiveConfig, RectifiedFlowConfig, SamplingConfig
+from dit.config.path import VPPath
 
 
 class FitRun(Section):
@@ -30,7 +31,35 @@ class TrainRun(FitRun):
     data: DataConfig
     encoders: EncodersConfig = EncodersConfig()
     backbone: SpatioTemporalDiTConfig
-    objective: RectifiedFlowConfig = RectifiedFlowConfig()
+    objective: ObjectiveConfig = RectifiedFlowConfig()
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective_has_a_name(cls, value: object) -> object:
+        if not isinstance(value, dict) or "name" in value:
+            return value
+        return {"name": "diffusion" if "path" in value else "rectified_flow", **value}
+
+    @model_validator(mode="after")
+    def _variance_has_channels(self) -> Self:
+        learned = isinstance(self.objective, DDPMConfig) and self.objective.variance == "learned"
+        if learned != self.backbone.learned_variance:
+            raise ValueError(
+                f"backbone.learned_variance={self.backbone.learned_variance} does not fit objective.variance: "
+                "a network with channels for the variance is trained by objective {name: ddpm, variance: learned}, and by no other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        path, prediction = self.objective.path, self.objective.prediction
+        ends_in_noise = path.name in ("rectified_flow", "trigflow") or (isinstance(path, VPPath) and path.zero_terminal_snr)
+        if ends_in_noise and prediction in ("noise", "score"):
+            raise ValueError(
+                f"objective.prediction={prediction} says nothing of the data at t = 1, where objective.path={path.name} holds noise alone "
+                "and sampling begins; predict velocity, v, latents or edm, or take another path"
+            )
+        return self
 
 
 class DistillRun(FitRun):

@@ -26,6 +26,8 @@ class SpatioTemporalDiTConfig(Section):
     """Window in tokens, for `attention: windowed`."""
     num_classes: PositiveInt | None = None
     """Class-conditional: number of labels (one more is learned for "no class")."""
+    learned_variance: bool = False
+    """Twice the output channels: the second half says where the variance of a reverse step lies (objective.variance: learned)."""
     frequency_size: PositiveInt = 256
     """Sinusoidal features of t."""
     attention_backend: Literal["sdpa", "xformers"] = "sdpa"

@@ -1,10 +1,11 @@
-"""What is learned: the path from data to noise, the times drawn, and how conditions are dropped."""
+"""What is learned: the path from data to noise, what the network predicts of it, the loss, and the times drawn."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import Section
+from dit.config.path import LearnedPath, PathConfig, RectifiedFlowPath, VPPath
 
 
 class UniformTimes(Section):
@@ -17,20 +18,191 @@ class LogitNormalTimes(Section):
     std: PositiveFloat = 1.0
 
 
-class TokenShift(Section):
-    """t' = k t / (1 + (k - 1) t) with k = sqrt(tokens / base_tokens) (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+class ModeTimes(Section):
+    """t = 1 - u - scale (cos^2(pi u / 2) - 1 + u) (Esser et al. 2024, arXiv:2403.03206, eq. 20)."""
 
+    name: Literal["mode"]
+    scale: Annotated[float, Field(ge=-1, le=1.75)] = 0.5
+    """Above 0 more times from the middle, below 0 more from the ends."""
+
+
+class LogNormalTimes(Section):
+    """ln(b / a) is normal (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+
+    name: Literal["log_normal"]
+    mean: float = -1.2
+    std: PositiveFloat = 1.2
+
+
+TimesConfig = Annotated[UniformTimes | LogitNormalTimes | ModeTimes | LogNormalTimes, Field(discriminator="name")]
+
+
+class TokenShift(Section):
+    """t' = k t / (1 + (k - 1) t) with k = sqrt(tokens / base_tokens), frames included (Esser et al. 2024, arXiv:2403.03206, eq. 23)."""
+
+    name: Literal["tokens"] = "tokens"
     base_tokens: PositiveInt
     """Tokens of a sample at which times are not shifted."""
 
 
-class RectifiedFlowConfig(Section):
-    name: Literal["rectified_flow"] = "rectified_flow"
-    times: Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")] = LogitNormalTimes()
-    shift: TokenShift | None = None
-    """Longer samples need more noise to lose their content; None for no shift."""
+class ExponentialShift(Section):
+    """The same with k = exp(m), m linear in the number of tokens (Flux)."""
+
+    name: Literal["exponential"]
+    low_tokens: PositiveInt = 256
+    high_tokens: PositiveInt = 4096
+    low: float = 0.5
+    """m at low_tokens."""
+    high: float = 1.15
+    """m at high_tokens."""
+
+
+ShiftConfig = Annotated[TokenShift | ExponentialShift, Field(discriminator="name")]
+
+
+Prediction = Literal["latents", "noise", "v", "velocity", "score", "edm"]
+
+
+class ConstantWeighting(Section):
+    name: Literal["constant"] = "constant"
+    space: Prediction | None = None
+    """Take the error of this quantity; None of what the network predicts."""
+
+
+class MinSNRWeighting(Section):
+    """min(SNR, gamma) on the error of the latents (Hang et al. 2023, arXiv:2303.09556, 3.4)."""
+
+    name: Literal["min_snr"]
+    gamma: PositiveFloat = 5.0
+
+
+class SNRPlusOneWeighting(Section):
+    """SNR + 1 on the error of the latents (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
+
+    name: Literal["snr_plus_one"]
+
+
+class TruncatedSNRWeighting(Section):
+    """max(SNR, 1) on the error of the latents (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
+
+    name: Literal["truncated_snr"]
+
+
+class EDMWeighting(Section):
+    """SNR + 1 / sigma_data^2 on the error of the latents (Karras et al. 2022, arXiv:2206.00364, table 1)."""
+
+    name: Literal["edm"]
+
+
+class P2Weighting(Section):
+    """1 / (k + SNR)^gamma on the error of the noise (Choi et al. 2022, arXiv:2204.00227, eq. 8)."""
+
+    name: Literal["p2"]
+    gamma: NonNegativeFloat = 1.0
+    k: PositiveFloat = 1.0
+
+
+class SigmoidWeighting(Section):
+    """sigmoid(bias - ln SNR) on the error of the noise (Hoogeboom et al. 2024, arXiv:2410.19324, 3.1)."""
+
+    name: Literal["sigmoid"]
+    bias: float = -3.0
+
+
+class LogitNormalWeighting(Section):
+    """The logit-normal density of t on the error of the velocity, in place of drawing t from it (Esser et al. 2024, 3.1)."""
+
+    name: Literal["logit_normal"]
+    mean: float = 0.0
+    std: PositiveFloat = 1.0
+
+
+_SNRWeighting = MinSNRWeighting | SNRPlusOneWeighting | TruncatedSNRWeighting
+_OtherWeighting = EDMWeighting | P2Weighting | SigmoidWeighting | LogitNormalWeighting
+WeightingConfig = Annotated[ConstantWeighting | _SNRWeighting | _OtherWeighting, Field(discriminator="name")]
+
+
+class _Conditional(Section):
     condition_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Fraction of samples trained without text and label, for classifier-free guidance."""
+
+
+class _Continuous(_Conditional):
+    prediction: Prediction = "velocity"
+    """What the network answers with; `edm` preconditions it."""
+    weighting: WeightingConfig = ConstantWeighting()
+    huber: NonNegativeFloat = 0.0
+    """Constant c of the pseudo-Huber distance sqrt(error^2 + c^2) - c per dimension; 0 is squared error."""
+    times: TimesConfig = LogitNormalTimes()
+    stratified: bool = False
+    """Draw the times of a pack one from each of as many equal parts of the distribution, for a loss of less variance."""
+    shift: ShiftConfig | None = None
+    """Longer samples need more noise to lose their content; None for no shift. Without a name it is `tokens`."""
+
+    @field_validator("shift", mode="before")
+    @classmethod
+    def _shift_has_a_name(cls, value: object) -> object:
+        return {"name": "tokens", **value} if isinstance(value, dict) else value
+
+
+class RectifiedFlowConfig(_Continuous):
+    """The path of rectified flow; `name: diffusion` takes any."""
+
+    name: Literal["rectified_flow"] = "rectified_flow"
+
+    @property
+    def path(self) -> RectifiedFlowPath:
+        """The one path."""
+        return RectifiedFlowPath()
+
+
+class DiffusionConfig(_Continuous):
+    """Any path."""
+
+    name: Literal["diffusion"]
+    path: PathConfig
+
+
+class DDPMConfig(_Conditional):
+    """A chain of whole steps (Ho et al. 2020, arXiv:2006.11239; learned variance: Nichol & Dhariwal 2021, arXiv:2102.09672)."""
+
+    name: Literal["ddpm"]
+    path: VPPath = VPPath(name="vp")
+    prediction: Literal["latents", "noise", "v"] = "noise"
+    variance: Literal["small", "large", "learned"] = "small"
+    """Of the reverse step: that of the posterior, that of the forward step, or learned between them (backbone.learned_variance)."""
+    bound_weight: NonNegativeFloat = 1e-3
+    """Weight of the variational bound, in bits per dimension summed over all steps, which trains a learned variance."""
+    times: Literal["uniform", "importance"] = "uniform"
+    """How steps are drawn; `importance` as sqrt of the bound's terms on unit Gaussian data, reweighted (their 3.3 with a fixed table)."""
+
+    @property
+    def shift(self) -> None:
+        """A chain has its own times."""
+        return None
+
+
+class VariationalConfig(_Conditional):
+    """The continuous-time bound with a noise schedule that is learned with the network (Kingma et al. 2021, arXiv:2107.00630)."""
+
+    name: Literal["variational"]
+    path: LearnedPath = LearnedPath()
+    prediction: Literal["noise"] = "noise"
+
+    @property
+    def shift(self) -> None:
+        """The schedule has its own times."""
+        return None
+
+
+ObjectiveConfig = Annotated[RectifiedFlowConfig | DiffusionConfig | DDPMConfig | VariationalConfig, Field(discriminator="name")]
+
+
+class WeakModel(Section):
+    run: str
+    """Run directory of a smaller or less trained model with the same encoders."""
+    step: PositiveInt | None = None
+    """Which checkpoint; None for the newest valid one."""
 
 
 class Guidance(Section):
@@ -40,6 +212,16 @@ class Guidance(Section):
     """v_null + s (v_cond - v_null); 1 is no guidance."""
     w: float | None = None
     """(1 + w) v_cond - w v_null; 0 is no guidance."""
+    interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    """Guide at these t only (Kynkäänniemi et al. 2024, arXiv:2404.07724)."""
+    rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the spread of the guided prediction goes back to that of the conditional one (Lin et al. 2023, arXiv:2305.08891, 3.4)."""
+    zero_star: bool = False
+    """Scale the null prediction to fit the conditional one best (CFG-Zero*, Fan et al. 2025, arXiv:2503.18886, eq. 13)."""
+    negative_prompt: str = ""
+    """What to guide away from instead of the empty caption."""
+    weak: "WeakModel | None" = None
+    """Guide away from a weaker model under the same caption (autoguidance, Karras et al. 2024, arXiv:2406.02507)."""
 
     @model_validator(mode="after")
     def _one_convention(self) -> Self:
@@ -59,10 +241,53 @@ class Guidance(Section):
         return f"s={self.scale:g} (w={self.scale - 1:g})"
 
 
+class ShiftedSteps(Section):
+    """Evenly spaced t, then shifted."""
+
+    name: Literal["shifted"] = "shifted"
+
+
+class KarrasSteps(Section):
+    """sigma^(1 / rho) evenly spaced, then 0 (Karras et al. 2022, arXiv:2206.00364, eq. 5), with sigma = b / a."""
+
+    name: Literal["karras"]
+    rho: PositiveFloat = 7.0
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+
+
+class TrainedSteps(Section):
+    """Quantiles of the times that the model was trained at."""
+
+    name: Literal["trained"]
+
+
+class WholeSteps(Section):
+    """Evenly spaced among the whole steps i of a vp path: t = i / T."""
+
+    name: Literal["whole"]
+
+
+StepsConfig = Annotated[ShiftedSteps | KarrasSteps | TrainedSteps | WholeSteps, Field(discriminator="name")]
+
+
 class SamplingConfig(Section):
-    sampler: Literal["euler", "heun", "consistency"] = "euler"
-    """`consistency` is for distilled students: predict the data, add fresh noise, repeat."""
+    sampler: Literal["euler", "heun", "rk4", "ddim", "ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler_maruyama", "consistency"] = (
+        "euler"
+    )
+    """`ancestral`, `dpmpp_2m_sde` and `euler_maruyama` add noise. `consistency` is for distilled students: predict the data, add fresh
+    noise, repeat."""
     steps: PositiveInt = 32
+    schedule: StepsConfig = ShiftedSteps()
+    """Where the steps lie."""
     shift: PositiveFloat | None = None
     """Time shift k of the step schedule; None takes the shift that the model was trained with."""
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Noise of `ddim`: 0 none, 1 as much as `ancestral`."""
+    variance: Literal["small", "large", "learned"] = "small"
+    """Of `ancestral`."""
+    churn: NonNegativeFloat = 1.0
+    """Noise of `euler_maruyama`, as a part of a(t) g(t)^2; 0 is `euler`."""
+    order: Annotated[int, Field(ge=1, le=3)] = 2
+    """Of `unipc`."""
     guidance: Guidance = Guidance(s=1.0)

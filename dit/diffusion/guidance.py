@@ -1,32 +1,61 @@
-"""Classifier-free guidance as a denoiser around a denoiser (Ho & Salimans 2022, arXiv:2207.12598, eq. 6, with s = w + 1)."""
+"""Guidance: denoisers around denoisers. All of it is linear in the prediction, so it is the same for velocity, noise and latents.
+
+They compose: `Within(plain, guided, ...)` limits any of them to an interval of t. s = 1 (and gamma = 0) is one plain call.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from data_pipelines.packed import Conditioning
 from dit.diffusion.denoiser import Denoiser
+from dit.diffusion.paths import Path, on_tokens, sample_sums
+
+
+@dataclass(frozen=True)
+class Extrapolation:
+    """away + s (v - away), by sample: what all guidance by two predictions shares.
+
+    zero_star: first scale `away` to fit v best (CFG-Zero*, Fan et al. 2025, arXiv:2503.18886, eq. 13). rescale: how far the standard
+    deviation of the result is brought back to that of v (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
+    """
+
+    scale_s: float
+    zero_star: bool = False
+    rescale: float = 0.0
+
+    def __call__(self, v: Tensor, away: Tensor, cond: Conditioning) -> Tensor:
+        """v, away: (L, P)."""
+        if self.zero_star:
+            away = away * _of_samples(sample_sums(v * away, cond) / sample_sums(away.square(), cond).clamp(min=1e-12), cond)
+        guided = away + self.scale_s * (v - away)
+        if self.rescale == 0:
+            return guided
+        return guided * _of_samples(1 - self.rescale + self.rescale * _std(v, cond) / _std(guided, cond), cond)
 
 
 class ClassifierFreeGuidance:
-    """v_null + s (v_cond - v_null), both conditions in one call of the network; s = 1 is one plain call.
+    """v_null + s (v_cond - v_null), both conditions in one call (Ho & Salimans 2022, arXiv:2207.12598, eq. 6, with s = w + 1).
 
-    null_text: (S0, D). null_label: class that stands for "no class", if there are classes.
+    null_text: (S0, D); a negative prompt takes the place of the empty caption here. null_label: class that stands for "no class".
     """
 
-    def __init__(self, denoiser: Denoiser, null_text: Tensor, scale_s: float, null_label: int | None) -> None:
-        self.denoiser = denoiser
-        self.null_text = null_text
-        self.scale_s = scale_s
-        self.null_label = null_label
+    def __init__(
+        self, denoiser: Denoiser, null_text: Tensor, scale_s: float, null_label: int | None, zero_star: bool = False, rescale: float = 0.0
+    ) -> None:
+        self.denoiser, self.null_text, self.null_label = denoiser, null_text, null_label
+        self.combine = Extrapolation(scale_s, zero_star, rescale)
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Guided velocity (L, P) of x_t (L, P) at t (R,)."""
-        if self.scale_s == 1:
+        if self.combine.scale_s == 1:
             return self.denoiser(x_t, t, cond)
         assert cond.rows is None or int(cond.rows.max()) + 1 == len(t), "every row of t must be in use, for rows are renumbered"
         both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), self._null(cond).beside(cond))  # (2L, P)
-        v_null, v_cond = both.to(x_t.dtype).chunk(2)  # 2 x (L, P)
-        return v_null + self.scale_s * (v_cond - v_null)
+        null, conditional = both.to(x_t.dtype).chunk(2)
+        return _guide(self.combine, conditional, null, x_t.shape[1], cond)
 
     def _null(self, cond: Conditioning) -> Conditioning:
         labels = None
@@ -34,3 +63,69 @@ class ClassifierFreeGuidance:
             assert self.null_label is not None, "labels without a null label"
             labels = torch.full_like(cond.labels, self.null_label)
         return cond.with_text([self.null_text.to(cond.text)] * len(cond.grids), labels)
+
+
+class AutoGuidance:
+    """v_weak + s (v - v_weak), both under the same condition (Karras et al. 2024, arXiv:2406.02507, eq. 3)."""
+
+    def __init__(self, denoiser: Denoiser, weak: Denoiser, combine: Extrapolation) -> None:
+        self.denoiser, self.weak, self.combine = denoiser, weak, combine
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        strong = self.denoiser(x_t, t, cond).to(x_t.dtype)
+        if self.combine.scale_s == 1:
+            return strong
+        return _guide(self.combine, strong, self.weak(x_t, t, cond).to(x_t.dtype), x_t.shape[1], cond)
+
+
+class ClassifierGuidance:
+    """Adds gamma grad log p(y | x_t) to the score of a denoiser (Dhariwal & Nichol 2021, arXiv:2105.05233, algorithm 2).
+
+    log_likelihood(x_t, t, cond): ln p(y | x_t) of each sample, (n,), by a classifier that was trained on noised samples of `path`.
+    Where a = 0 no score makes a velocity: on rectified flow put it `Within` an interval that ends below t = 1.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, path: Path, log_likelihood: Callable[[Tensor, Tensor, Conditioning], Tensor], gamma: float
+    ) -> None:
+        self.denoiser, self.path, self.log_likelihood, self.gamma = denoiser, path, log_likelihood, gamma
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        velocity = self.denoiser(x_t, t, cond)
+        if self.gamma == 0:
+            return velocity
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.log_likelihood(x, t, cond).sum(), x)
+        of_score = self.path.conversion("score", "velocity", t)[1]
+        return velocity + self.gamma * on_tokens(of_score, cond, x_t) * gradient
+
+
+class Within:
+    """`guided` where low <= t <= high, `plain` elsewhere (Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5)."""
+
+    def __init__(self, plain: Denoiser, guided: Denoiser, low: float, high: float) -> None:
+        self.plain, self.guided, self.low, self.high = plain, guided, low, high
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        inside = (t >= self.low) & (t <= self.high)
+        if bool(inside.all()):
+            return self.guided(x_t, t, cond)
+        plain = self.plain(x_t, t, cond)
+        return torch.where(cond.per_token(inside)[:, None], self.guided(x_t, t, cond), plain) if bool(inside.any()) else plain
+
+
+def _guide(combine: Extrapolation, v: Tensor, away: Tensor, channels: int, cond: Conditioning) -> Tensor:
+    """Guide the velocity; what `v` says of the variance stays."""
+    guided = combine(v[:, :channels], away[:, :channels], cond)
+    return guided if v.shape[1] == channels else torch.cat([guided, v[:, channels:]], dim=1)
+
+
+def _std(x: Tensor, cond: Conditioning) -> Tensor:
+    count = x.shape[1] * torch.tensor(cond.lengths, device=x.device).to(x)
+    offset = x - _of_samples(sample_sums(x, cond) / count, cond)
+    return (sample_sums(offset.square(), cond) / count).sqrt()
+
+
+def _of_samples(per_sample: Tensor, cond: Conditioning) -> Tensor:
+    return per_sample[cond.sample_of_token][:, None]  # (n,) -> (L, 1)

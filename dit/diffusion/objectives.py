@@ -10,11 +10,12 @@ from torch import Tensor
 
 from data_pipelines import randomness
 from data_pipelines.packed import Conditioning, PackedLatents
-from dit.config.objective import RectifiedFlowConfig
+from dit.config.objective import DiffusionConfig, RectifiedFlowConfig
 from dit.diffusion import times
-from dit.diffusion.denoiser import Denoiser
+from dit.diffusion.denoiser import Denoiser, ask
 from dit.diffusion.draws import noise_tokens
-from dit.diffusion.paths import interpolate, velocity_of
+from dit.diffusion.paths import Path, build_path
+from dit.diffusion.weighting import weight_of
 from dit.runtime.losses import Losses
 
 
@@ -24,38 +25,45 @@ class Objective(Protocol):
     def __call__(self, denoiser: Denoiser, batch: PackedLatents, progress: float, /) -> Losses: ...
 
 
-class RectifiedFlow:
-    """Regress the velocity: E |v(x_t, t, c) - (noise - latents)|^2 (Liu et al. 2022, arXiv:2209.03003, eq. 1).
+class Regression:
+    """Regress what the network predicts: E w(t) |target(x_t, t) - answer|^2; for rectified flow E |(noise - latents) - v|^2.
 
+    One objective for every path, prediction, weighting and distance (Kingma & Gao 2023, arXiv:2303.00848, eq. 7).
     null_text: (S0, D) text tokens that stand for "no caption". null_label: class that stands for "no class", if there are classes.
     """
 
-    def __init__(self, config: RectifiedFlowConfig, null_text: Tensor, null_label: int | None) -> None:
+    def __init__(self, config: RectifiedFlowConfig | DiffusionConfig, null_text: Tensor, null_label: int | None) -> None:
         self.config = config
+        self.path = build_path(config.path)
         self.null_text = null_text
         self.null_label = null_label
 
     def __call__(self, denoiser: Denoiser, batch: PackedLatents, progress: float) -> Losses:
-        """Mean squared velocity error over the tokens and channels of each sample, zero for holes. Takes one call of the network."""
-        x_t, noise, t = noised(batch, times.draw(self.config.times, self.config.shift, batch.keys, batch.cond.lengths))
-        cond = drop_conditions(batch.cond, batch.keys, self.config.condition_dropout, self.null_text, self.null_label)
-        velocity = denoiser(x_t, t, cond)
-        return velocity_losses(velocity, velocity_of(batch.tokens, noise), batch, t)
+        """Loss of each sample, zero for holes. denoiser: the raw network, one call of it."""
+        config = self.config
+        levels = times.draw(config.times, config.shift, batch.keys, batch.cond.lengths, self.path, config.stratified)
+        x_t, noise, t = noised(batch, levels, self.path)
+        cond = drop_conditions(batch.cond, batch.keys, config.condition_dropout, self.null_text, self.null_label)
+        answer = ask(denoiser, self.path, x_t, t, cond)
+        target = self.path.target(config.prediction, batch.tokens, noise, t, batch.cond)
+        error = batch.cond.per_sample((answer.float() - target.float()).square())  # (n,), in float32 whatever the network computes in
+        space, weight = weight_of(config.weighting, config.prediction, self.path, t)
+        error = error * self.path.conversion(config.prediction, space, t)[1].square().to(error)
+        return Losses(weight.to(error) * distance(error, config.huber) * batch.weights, t)
 
 
-def noised(batch: PackedLatents, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def distance(squared: Tensor, huber: float) -> Tensor:
+    """Squared error, or the pseudo-Huber sqrt(error^2 + c^2) - c (Song & Dhariwal 2023, arXiv:2310.14189, eq. 8), per dimension."""
+    return squared if huber == 0 else (squared + huber**2).sqrt() - huber
+
+
+def noised(batch: PackedLatents, levels: Tensor, path: Path = times.RECTIFIED_FLOW) -> tuple[Tensor, Tensor, Tensor]:
     """Noise a pack to `levels` (n,): x_t (L, P), noise (L, P) and t (n,) float32, on the device of the pack."""
     assert batch.cond.rows is None, "objectives draw one level a sample"
     latents = batch.tokens
     noise = noise_tokens(batch.keys, batch.cond.lengths, latents.shape[1], "noise").to(latents.device, non_blocking=True)
     t = levels.float().to(latents.device, non_blocking=True)
-    return interpolate(latents, noise, batch.cond.per_token(t)[:, None]), noise, t
-
-
-def velocity_losses(velocity: Tensor, target: Tensor, batch: PackedLatents, t: Tensor) -> Losses:
-    """Squared error of `velocity` (L, P), in float32 whatever the network computes in."""
-    error = (velocity.float() - target.float()).square()
-    return Losses(batch.cond.per_sample(error) * batch.weights, t)
+    return path.interpolate(latents, noise, t, batch.cond), noise, t
 
 
 def drop_conditions(cond: Conditioning, keys: tuple[int, ...], fraction: float, null_text: Tensor, null_label: int | None) -> Conditioning:

@@ -1,5 +1,6 @@
 """Noise levels t: how they are drawn for training and spaced for sampling. All in float64; cast once, where a network takes them."""
 
+import math
 from collections.abc import Sequence
 from typing import assert_never
 
@@ -7,21 +8,44 @@ import torch
 from torch import Tensor
 
 from data_pipelines import randomness
-from dit.config.objective import LogitNormalTimes, TokenShift, UniformTimes
+from data_pipelines.errors import UserError
+from dit.config.objective import (
+    ExponentialShift,
+    KarrasSteps,
+    LogitNormalTimes,
+    LogNormalTimes,
+    ModeTimes,
+    ShiftConfig,
+    ShiftedSteps,
+    StepsConfig,
+    TimesConfig,
+    TokenShift,
+    TrainedSteps,
+    UniformTimes,
+    WholeSteps,
+)
+from dit.diffusion.paths import Path, RectifiedFlow, VariancePreserving
 
-TimesConfig = UniformTimes | LogitNormalTimes
+RECTIFIED_FLOW = RectifiedFlow()
+SHIFTED = ShiftedSteps()
 
 
-def from_uniform(config: TimesConfig, u: Tensor) -> Tensor:
+def from_uniform(config: TimesConfig, u: Tensor, path: Path = RECTIFIED_FLOW) -> Tensor:
     """Map uniform numbers `u` (float64) to levels t of the configured distribution, by its inverse CDF.
 
-    Logit-normal: t = sigmoid(mean + std n), n normal (Esser et al. 2024, arXiv:2403.03206, eq. 19).
+    Logit-normal: t = sigmoid(mean + std n), n normal (Esser et al. 2024, arXiv:2403.03206, eq. 19). Mode: their eq. 20.
+    Log-normal: b / a = exp(mean + std n) on `path` (Karras et al. 2022, arXiv:2206.00364, table 1), cut off at t = 1.
     """
     match config:
         case UniformTimes():
             return u
         case LogitNormalTimes():
             return torch.sigmoid(config.mean + config.std * torch.special.ndtri(u))
+        case ModeTimes():
+            down = 1 - u  # falls with u as published; mirrored, it is the inverse CDF
+            return 1 - down - config.scale * (torch.cos(math.pi / 2 * down).square() - 1 + down)
+        case LogNormalTimes():
+            return path.level_of(torch.exp(config.mean + config.std * torch.special.ndtri(u)))
         case _:
             assert_never(config)
 
@@ -31,18 +55,67 @@ def shift(t: Tensor, k: Tensor | float) -> Tensor:
     return k * t / (1 + (k - 1) * t)
 
 
-def shift_of(tokens: int, config: TokenShift | None) -> float:
+def shift_of(tokens: int, config: ShiftConfig | None) -> float:
     """The shift k of a sample of `tokens` tokens."""
-    return 1.0 if config is None else (tokens / config.base_tokens) ** 0.5
+    match config:
+        case None:
+            return 1.0
+        case TokenShift():
+            return (tokens / config.base_tokens) ** 0.5
+        case ExponentialShift():
+            part = (tokens - config.low_tokens) / (config.high_tokens - config.low_tokens)
+            return math.exp(config.low + (config.high - config.low) * part)
+        case _:
+            assert_never(config)
 
 
-def draw(config: TimesConfig, token_shift: TokenShift | None, keys: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def uniforms(keys: Sequence[int], stratified: bool, purpose: str = "time") -> Tensor:
+    """A number in [0, 1) for each key, (n,) float64. Stratified: one in each of n equal parts, in an order that depends on the keys."""
+    u = torch.tensor([randomness.uniform(key, purpose) for key in keys], dtype=torch.float64)
+    if not stratified:
+        return u
+    parts = torch.tensor([randomness.uniform(key, purpose, "part") for key in keys], dtype=torch.float64).argsort().argsort()
+    return (parts + u) / len(keys)
+
+
+def draw(
+    config: TimesConfig,
+    shift_config: ShiftConfig | None,
+    keys: Sequence[int],
+    lengths: Sequence[int],
+    path: Path = RECTIFIED_FLOW,
+    stratified: bool = False,
+) -> Tensor:
     """One level t for each sample, from its key and its number of tokens: (n,) float64 on the CPU."""
-    u = torch.tensor([randomness.uniform(key, "time") for key in keys], dtype=torch.float64)
-    k = torch.tensor([shift_of(length, token_shift) for length in lengths], dtype=torch.float64)
-    return shift(from_uniform(config, u), k)
+    k = torch.tensor([shift_of(length, shift_config) for length in lengths], dtype=torch.float64)
+    return shift(from_uniform(config, uniforms(keys, stratified), path), k)
 
 
-def schedule(steps: int, k: float) -> Tensor:
-    """The levels that a sampler visits, t_i = shift(1 - i / steps, k): (steps + 1,) float64 from exactly 1 to exactly 0."""
-    return shift(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, k)
+def schedule(
+    steps: int, k: float, config: StepsConfig = SHIFTED, path: Path = RECTIFIED_FLOW, trained: TimesConfig | None = None
+) -> Tensor:
+    """The levels that a sampler visits: (steps + 1,) float64, falling to exactly 0, where `config` does not say else from exactly 1.
+
+    k: of the shift of `shifted`, t_i = shift(1 - i / steps, k), and of `trained`, the quantiles of the times `trained`.
+    Raises UserError where the path does not have such steps.
+    """
+    u = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
+    match config:
+        case ShiftedSteps():
+            return shift(u, k)
+        case TrainedSteps():
+            inner = from_uniform(trained or UniformTimes(name="uniform"), u[1:-1], path)
+            return torch.cat([u[:1], shift(inner, k), u[-1:]])
+        case KarrasSteps():
+            low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
+            sigmas = (low + (high - low) * torch.linspace(1, 0, steps, dtype=torch.float64)) ** config.rho
+            return torch.cat([path.level_of(sigmas), u[-1:]])
+        case WholeSteps():
+            if not isinstance(path, VariancePreserving) or steps > path.steps:
+                raise UserError(
+                    f"sampling.schedule: whole with sampling.steps={steps} needs a model on a vp path of at least as many steps; "
+                    "use schedule shifted, or fewer steps"
+                )
+            return (u * path.steps).round() / path.steps
+        case _:
+            assert_never(config)

@@ -6,13 +6,13 @@ A new method is a file here, a class in `dit/config/distillation.py` and a `case
 from torch import Tensor
 
 from dit.config.distillation import ConsistencyConfig
-from dit.config.objective import SamplingConfig, TokenShift
+from dit.config.objective import SamplingConfig, ShiftConfig
 from dit.diffusion import ClassifierFreeGuidance, Denoiser, Objective
 from dit.distillation.consistency import ConsistencyDistillation, student_sampling
 
 
 def build_distillation(
-    config: ConsistencyConfig, teacher: Denoiser, null_text: Tensor, null_label: int | None, token_shift: TokenShift | None
+    config: ConsistencyConfig, teacher: Denoiser, null_text: Tensor, null_label: int | None, token_shift: ShiftConfig | None
 ) -> Objective:
     """The objective of a distillation. teacher: the raw network, guided here. null_text: (S0, D). token_shift: the teacher's."""
     match config:

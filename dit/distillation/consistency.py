@@ -13,10 +13,10 @@ from torch import Tensor
 
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.distillation import ConsistencyConfig
-from dit.config.objective import Guidance, SamplingConfig, TokenShift
+from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
-from dit.diffusion.objectives import noised
+from dit.diffusion.objectives import distance, noised
 from dit.diffusion.samplers import euler_slope, heun_slope
 from dit.runtime.losses import Losses
 
@@ -32,7 +32,7 @@ class ConsistencyDistillation:
     (Song & Dhariwal 2023, arXiv:2310.14189) and a gap that shrinks in stages (Geng et al. 2024, arXiv:2406.14548).
     """
 
-    def __init__(self, config: ConsistencyConfig, teacher: Denoiser, token_shift: TokenShift | None) -> None:
+    def __init__(self, config: ConsistencyConfig, teacher: Denoiser, token_shift: ShiftConfig | None) -> None:
         self.config = config
         self.teacher = teacher
         self.token_shift = token_shift
@@ -48,7 +48,7 @@ class ConsistencyDistillation:
         x_t, _, t = noised(batch, levels)
         target = self._target(student, x_t, t, lower.to(t), way.to(t), batch.cond)
         error = (student(x_t, t, batch.cond).float() - target).square()  # (L, P)
-        return Losses(self._distance(batch.cond.per_sample(error)) * batch.weights, t)
+        return Losses(distance(batch.cond.per_sample(error), self.config.huber) * batch.weights, t)
 
     def _levels(self, batch: PackedLatents, gap: float) -> tuple[Tensor, Tensor, Tensor]:
         """t, r and (t - r) / (t - e) of each sample, (n,) float64: t = shift(u), r = shift(u_e + (u - u_e) (1 - gap)), for u as drawn.
@@ -90,14 +90,6 @@ class ConsistencyDistillation:
             x = x + cond.per_token(t_to - t_from)[:, None] * velocity
             total = total + velocity
         return x, total / steps
-
-    def _distance(self, squared: Tensor) -> Tensor:
-        """Squared error, or the pseudo-Huber distance sqrt(error^2 + c^2) - c of Song & Dhariwal 2023, both per dimension.
-
-        Squared is the default: the gradient of an unsquared norm does not fade as the student converges.
-        """
-        c = self.config.huber
-        return squared if c == 0 else (squared + c**2).sqrt() - c
 
 
 def relative_gap(config: ConsistencyConfig, progress: float) -> float:

@@ -1,4 +1,4 @@
-"""The backbone: noisy tokens, times and conditions in, velocity out. Knows nothing of noise schedules, losses or optimisers.
+"""The backbone: noisy tokens, times and conditions in, a prediction out. Knows nothing of noise schedules, losses or optimisers.
 
 Letters: n samples, L tokens, P channels of a token, R conditioning rows, S text tokens, D width, K channels a head.
 """
@@ -37,11 +37,11 @@ class SpatioTemporalDiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(width, config.num_heads, config.ffn_size, config.modulation, config.attention_backend) for _ in range(config.depth)
         )
-        self.final_layer = FinalLayer(width, token_size, config.modulation)
+        self.final_layer = FinalLayer(width, token_size * (2 if config.learned_variance else 1), config.modulation)
         self.initialize_weights()
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Velocity (noise - latents) of every token: x_t (L, P), t (R,) in [0, 1] -> (L, P) in the dtype of x_t.
+        """What the objective has it predict of every token: x_t (L, P), t (R,) in [0, 1] -> (L, P), or (L, 2 P), in the dtype of x_t.
 
         cond.rows None: one row of t a sample; otherwise the row of each token, so one sample may hold several noise levels.
         """
@@ -58,7 +58,7 @@ class SpatioTemporalDiT(nn.Module):
             x = x.unflatten(0, (len(cond.grids), -1))  # (L, D) -> (n, l, D)
         for i, block in enumerate(self.blocks):
             x = self._run(block, x, block_time, layouts[i % len(layouts)], context)
-        return self.final_layer(x, final_time, rows).reshape(x_t.shape).to(x_t.dtype)  # (..., D) -> (L, P)
+        return self.final_layer(x, final_time, rows).reshape(len(x_t), -1).to(x_t.dtype)  # (..., D) -> (L, P)
 
     def embed_time(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
         """What blocks and final layer take as time, and the row of each token (None if samples of one length have one row each)."""

@@ -54,6 +54,10 @@ def test_a_good_config_loads_and_its_resolved_form_is_the_same_run(tmp_path: Pat
         ("preview={prompts: [], size: [1, 8, 8]}", ["preview.prompts", "at least 1"]),
         ("data.sources.0.pth=x", ["unknown key data.sources.0.pth", "did you mean path"]),
         ("objective.times={name: uniform, mean: 1}", ["unknown key objective.times.mean"]),
+        ("objective={path: {name: trigflow}, prediction: noise}", ["objective.prediction=noise", "t = 1", "predict velocity"]),
+        ("objective={name: ddpm, variance: learned}", ["backbone.learned_variance=False", "objective.variance"]),
+        ("objective={path: {name: vp}, weighting: {name: min_snrr}}", ["objective.weighting.name", "did you mean min_snr?"]),
+        ("objective={shift: {base_tokenz: 3}}", ["objective.shift.base_tokenz", "did you mean base_tokens"]),
     ],
 )
 def test_an_error_names_key_place_and_way_out(tmp_path: Path, override: str, parts: list[str]) -> None:

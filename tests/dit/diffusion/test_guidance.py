@@ -4,7 +4,21 @@ from torch import Tensor
 
 from data_pipelines.packed import Conditioning, pack_conditioning
 from dit.config.objective import Guidance
-from dit.diffusion import ClassifierFreeGuidance
+from dit.config.path import VPPath
+from dit.diffusion import (
+    RECTIFIED_FLOW,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Denoiser,
+    Extrapolation,
+    Path,
+    Within,
+    build_path,
+    heun,
+    schedule,
+)
+from dit.diffusion.ground_truth import GaussianMixture, points
 
 GRIDS = [(1, 2, 2), (1, 1, 3)]
 NULL_TEXT = torch.zeros(2, 4)
@@ -72,3 +86,91 @@ def test_guidance_is_combined_in_the_precision_of_x() -> None:
     field = TextField()
     guided = ClassifierFreeGuidance(lambda *args: field(*args).bfloat16(), NULL_TEXT, 7.0, None)
     assert guided(torch.randn(7, 2), torch.tensor([0.2, 0.8]), conditioning()).dtype == torch.float32
+
+
+def field_of(value: Tensor, calls: list[int] | None = None) -> Denoiser:
+    def field(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        if calls is not None:
+            calls.append(1)
+        return value
+
+    return field
+
+
+def test_autoguidance_extrapolates_from_the_weak_model_and_s_one_spares_it() -> None:
+    strong, weak = torch.randn(2, 7, 2, dtype=torch.float64)
+    calls: list[int] = []
+    cond, x_t, t = conditioning(), torch.zeros(7, 2, dtype=torch.float64), torch.tensor([0.2, 0.8])
+    guided = AutoGuidance(field_of(strong), field_of(weak, calls), Extrapolation(2.0))(x_t, t, cond)
+    torch.testing.assert_close(guided, 2 * strong - weak)
+    assert torch.equal(AutoGuidance(field_of(strong), field_of(weak, calls), Extrapolation(1.0))(x_t, t, cond), strong)
+    assert len(calls) == 1
+
+
+def test_rescaled_guidance_has_the_spread_of_the_condition() -> None:
+    v, null = torch.randn(2, 7, 2, dtype=torch.float64)
+    cond, plain = conditioning(), null + 4 * (v - null)
+    for part in (slice(0, 4), slice(4, 7)):
+        full = Extrapolation(4.0, rescale=1.0)(v, null, cond)[part]
+        torch.testing.assert_close(full.std(correction=0), v[part].std(correction=0))
+        half = Extrapolation(4.0, rescale=0.5)(v, null, cond)[part]
+        torch.testing.assert_close(half, (full + plain[part]) / 2)
+
+
+def test_zero_star_fits_the_null_prediction_to_each_sample() -> None:
+    v, null = torch.randn(2, 7, 2, dtype=torch.float64)
+    at_zero = Extrapolation(0.0, zero_star=True)(v, null, conditioning())
+    for part in (slice(0, 4), slice(4, 7)):
+        best = torch.linalg.lstsq(null[part].reshape(-1, 1), v[part].reshape(-1, 1)).solution
+        torch.testing.assert_close(at_zero[part], best * null[part])
+
+
+def test_guidance_within_an_interval_asks_only_what_it_needs() -> None:
+    plain, guided = torch.zeros(7, 2), torch.ones(7, 2)
+    calls: list[int] = []
+    within = Within(field_of(plain, calls), field_of(guided), 0.3, 0.9)
+    result = within(torch.zeros(7, 2), torch.tensor([0.2, 0.8]), conditioning())
+    assert result[:, 0].tolist() == [0] * 4 + [1] * 3
+    assert torch.equal(within(torch.zeros(7, 2), torch.tensor([0.3, 0.9]), conditioning()), guided)
+    assert len(calls) == 1
+
+
+# --- against the exact conditional of a mixture -------------------------------------------------------------------
+
+VP = build_path(VPPath(name="vp"))
+
+
+def two_classes(path: Path) -> tuple[GaussianMixture, GaussianMixture]:
+    """Data of four components, and those two of them that are class y."""
+    means = torch.tensor([[1.0, 0.5], [-1.0, 0.4], [0.2, -1.1], [0.9, -0.8]], dtype=torch.float64)
+    stds, weights = torch.tensor([0.3, 0.25, 0.4, 0.3], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.3, 0.2], dtype=torch.float64)
+    return GaussianMixture(means, stds, weights, path), GaussianMixture(means[:2], stds[:2], weights[:2] / 0.5, path)
+
+
+@pytest.mark.parametrize("path", [RECTIFIED_FLOW, VP], ids=["rectified_flow", "vp"])
+def test_classifier_guidance_at_strength_one_is_the_exact_conditional(path: Path) -> None:
+    everything, of_class = two_classes(path)
+
+    def log_likelihood(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return everything.log_posterior(x, t)[:, :2].logsumexp(1)
+
+    x, t, cond = torch.randn(60, 2, dtype=torch.float64), torch.linspace(0.05, 0.95, 60, dtype=torch.float64), points(60)
+    guided = ClassifierGuidance(everything, path, log_likelihood, 1.0)
+    torch.testing.assert_close(guided(x, t, cond), of_class(x, t, cond), atol=1e-9, rtol=1e-10)
+    stronger = ClassifierGuidance(everything, path, log_likelihood, 2.5)(x, t, cond)  # (1 + w) v_y - w v with 1 + w = gamma
+    torch.testing.assert_close(stronger, 2.5 * of_class(x, t, cond) - 1.5 * everything(x, t, cond), atol=1e-9, rtol=1e-10)
+    assert torch.equal(ClassifierGuidance(everything, path, log_likelihood, 0.0)(x, t, cond), everything(x, t, cond))
+    if path is RECTIFIED_FLOW:
+        drawn = heun(Within(everything, guided, 0, 0.999), torch.randn(400, 2, dtype=torch.float64), schedule(30, 1.0), points(400))
+        assert float((torch.cdist(drawn, of_class.means) / of_class.stds).min(1).values.median()) < 1.5
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.0, 3.0])
+def test_analytic_guided_field_is_the_same_in_every_parameterisation(w: float) -> None:
+    everything, of_class = two_classes(VP)
+    x, t, cond = torch.randn(40, 2, dtype=torch.float64), torch.linspace(0.05, 0.95, 40, dtype=torch.float64), points(40)
+    guided = AutoGuidance(of_class, everything, Extrapolation(w + 1))(x, t, cond)
+    for quantity in ("latents", "noise", "score", "v", "edm"):
+        parts = [VP.convert(field(x, t, cond), "velocity", quantity, x, t, cond) for field in (of_class, everything)]
+        both = VP.convert((1 + w) * parts[0] - w * parts[1], quantity, "velocity", x, t, cond)
+        torch.testing.assert_close(guided, both, atol=1e-10, rtol=1e-11)

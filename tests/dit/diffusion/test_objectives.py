@@ -8,8 +8,8 @@ from data_pipelines import randomness
 from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
 from dit.config.objective import LogitNormalTimes, RectifiedFlowConfig, TokenShift
 from dit.diffusion import build_objective, held_out_loss
-from dit.diffusion.objectives import RectifiedFlow
-from tests.dit.diffusion.gaussian_mixture import pack_of_points
+from dit.diffusion.ground_truth import pack_of_points
+from dit.diffusion.objectives import Regression
 
 GRIDS = [(1, 2, 2), (2, 2, 3), (1, 1, 1), (1, 2, 2)]
 NULL_TEXT = torch.full((2, 5), 9.0)
@@ -32,10 +32,10 @@ def text_denoiser(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     return x_t * cond.per_token(t)[:, None] + cond.per_token(text + labels)[:, None]
 
 
-def objective(dropout: float, **options: object) -> RectifiedFlow:
+def objective(dropout: float, **options: object) -> Regression:
     config = RectifiedFlowConfig.model_validate({"condition_dropout": dropout, **options})
     built = build_objective(config, NULL_TEXT, NULL_LABEL)
-    assert isinstance(built, RectifiedFlow)
+    assert isinstance(built, Regression)
     return built
 
 
@@ -130,3 +130,11 @@ def test_held_out_loss_is_fixed_weighted_and_per_level() -> None:
         errors.append(float((text_denoiser(x_t, torch.tensor([0.75]), one.cond) - (noise - one.tokens)).square().mean()))
     assert losses[1, [0, 2, 3]].tolist() == pytest.approx(errors, rel=1e-6)
     assert float(losses[0, 0]) != pytest.approx(float(losses[1, 0]), rel=1e-3)
+
+
+def test_losses_of_rectified_flow_are_the_golden_ones() -> None:
+    """Bit for bit those of the first release; a change here changes every run that is being trained."""
+    losses = objective(0.3, shift=TokenShift(base_tokens=4))(text_denoiser, pack([3, 1, 0, 2]), 0.0)
+    golden = ["0x1.097d6cp+8", "0x1.72caep+2", "0x1.020892p+8", "0x1.ceeec8p+3"]
+    assert losses.per_sample.tolist() == [float.fromhex(value) for value in golden]
+    assert losses.t.tolist() == [float.fromhex(value) for value in ("0x1.631e34p-1", "0x1.a40804p-2", "0x1.a44176p-1", "0x1.5e5a88p-3")]

@@ -10,7 +10,7 @@ from data_pipelines.packed import Conditioning, pack_conditioning
 from dit.config.objective import SamplingConfig
 from dit.diffusion import consistency, euler, heun, sample, schedule
 from dit.diffusion.draws import noise_tokens
-from tests.dit.diffusion.gaussian_mixture import GaussianMixture, points
+from dit.diffusion.ground_truth import GaussianMixture, points
 
 MIXTURE = GaussianMixture(
     torch.tensor([[1.2, 0.3], [-0.8, 0.9], [-0.2, -1.2]]), torch.tensor([0.25, 0.15, 0.3]), torch.tensor([0.3, 0.3, 0.4])

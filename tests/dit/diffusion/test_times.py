@@ -4,8 +4,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit.config.objective import LogitNormalTimes, TokenShift, UniformTimes
-from dit.diffusion import times
+from data_pipelines.errors import UserError
+from dit.config.objective import (
+    ExponentialShift,
+    KarrasSteps,
+    LogitNormalTimes,
+    LogNormalTimes,
+    ModeTimes,
+    TokenShift,
+    TrainedSteps,
+    UniformTimes,
+    WholeSteps,
+)
+from dit.config.path import EDMPath, VPPath
+from dit.diffusion import build_path, times
 
 
 def kolmogorov_smirnov(draws: Tensor, cdf: Tensor) -> float:
@@ -54,3 +66,55 @@ def test_schedule_is_the_known_one() -> None:
     assert times.schedule(4, 1.0).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
     assert times.schedule(4, 3.0).tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0], abs=1e-15)  # 1000, 900, 750, 500
     assert times.schedule(7, 3.0).dtype == torch.float64
+
+
+def test_draws_follow_the_mode_distribution() -> None:
+    config = ModeTimes(name="mode", scale=0.9)
+    u = torch.linspace(0, 1, 20_001, dtype=torch.float64)
+    published = 1 - u - 0.9 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)  # Esser et al. 2024, eq. 20
+    assert bool((published.diff() < 0).all())
+    t = times.draw(config, None, range(20_000), [1] * 20_000)
+    below = torch.searchsorted(published.flip(0).contiguous(), t).double() / 20_000
+    assert kolmogorov_smirnov(t, below) < 1.63
+    assert kolmogorov_smirnov(t, t) > 1.63
+
+
+def test_draws_are_log_normal_in_sigma_on_any_path() -> None:
+    for path in (build_path(EDMPath(name="edm")), build_path(VPPath(name="vp")), times.RECTIFIED_FLOW):
+        t = times.draw(LogNormalTimes(name="log_normal"), None, range(5000), [1] * 5000, path)
+        c = path.at(t)
+        assert kolmogorov_smirnov(t, normal_cdf(((c.b / c.a).log() + 1.2) / 1.2)) < 1.63
+
+
+def test_stratified_draws_put_one_in_each_part_and_do_not_depend_on_the_order() -> None:
+    keys = list(range(100, 164))
+    u = times.draw(UniformTimes(name="uniform"), None, keys, [1] * 64, stratified=True)
+    assert torch.equal((u * 64).floor().sort().values, torch.arange(64, dtype=torch.float64))
+    assert not torch.equal((u * 64).floor(), torch.arange(64, dtype=torch.float64))
+    turned = times.draw(UniformTimes(name="uniform"), None, keys[::-1], [1] * 64, stratified=True)
+    assert torch.equal(turned.flip(0), u)
+    many = torch.cat([times.uniforms(range(8 * i, 8 * i + 8), True) for i in range(2500)])
+    assert kolmogorov_smirnov(many, many) < 1.63
+
+
+def test_exponential_shift_is_that_of_flux() -> None:
+    config = ExponentialShift(name="exponential")
+    assert times.shift_of(256, config) == pytest.approx(math.exp(0.5))
+    assert times.shift_of(4096, config) == pytest.approx(math.exp(1.15))
+    assert times.shift_of(2176, config) == pytest.approx(math.exp(0.825))
+    t = torch.tensor(0.3, dtype=torch.float64)
+    assert float(times.shift(t, math.exp(0.8))) == pytest.approx(math.exp(0.8) / (math.exp(0.8) + (1 / 0.3 - 1)))
+
+
+def test_schedules_visit_the_published_levels() -> None:
+    edm = build_path(EDMPath(name="edm"))
+    karras = 80 * times.schedule(5, 1.0, KarrasSteps(name="karras"), edm)
+    expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)] + [0.0]
+    assert karras.tolist() == pytest.approx(expected, abs=1e-9)
+    trained = times.schedule(4, 1.0, TrainedSteps(name="trained"), trained=LogitNormalTimes(mean=0.5))
+    assert trained[[0, -1]].tolist() == [1.0, 0.0]
+    assert float(trained[2]) == pytest.approx(1 / (1 + math.exp(-0.5)))  # the median
+    vp = build_path(VPPath(name="vp"))
+    assert (1000 * times.schedule(3, 1.0, WholeSteps(name="whole"), vp)).tolist() == [1000.0, 667.0, 333.0, 0.0]
+    with pytest.raises(UserError, match="vp path"):
+        times.schedule(3, 1.0, WholeSteps(name="whole"))
