@@ -91,7 +91,7 @@ def _check(options: argparse.Namespace) -> None:
     damaged: list[str] = []
     bad: list[tuple[str, str]] = []
     for shard in track(source.shards, "checking"):
-        found = verify_shard(Path(shard.address), source.index(shard))
+        found = verify_shard(shard.address, source.index(shard))
         damaged += [f"{found.shard}: {damage}" for damage in found.damage]
         bad += [(f"{shard.name}/{key}", reason) for key, reason in found.bad]
     for problem in source.problems:

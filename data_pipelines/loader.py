@@ -4,6 +4,7 @@ What is read follows from the plan alone; worker processes only read ahead. A sa
 as a hole, with the reason. Knows nothing of encoders.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from data_pipelines.cache import Prefetch, ShardCache
 from data_pipelines.packed import Grid
 from data_pipelines.plan import START, Plan, PlannedPack, PlannedSample, Position, check_world_size, share
 from data_pipelines.raw import RawSample, read_sample
@@ -108,8 +110,8 @@ def _parcel(task: _Task, samples: list[RawSample]) -> _Parcel:
 class _Reader(Dataset[_Parcel]):
     """Map-style over tasks instead of numbers: the sampler says what to read, the reader holds no state but the skip list."""
 
-    def __init__(self, skip: frozenset[str]) -> None:
-        self.skip = skip
+    def __init__(self, skip: frozenset[str], cache: ShardCache | None) -> None:
+        self.skip, self.cache = skip, cache
 
     def __getitem__(self, task: _Task) -> _Parcel:
         return _parcel(task, [self._sample(planned) for planned in task.pack])
@@ -117,18 +119,21 @@ class _Reader(Dataset[_Parcel]):
     def _sample(self, planned: PlannedSample) -> RawSample:
         if planned.id in self.skip:
             return RawSample(planned.id, planned.key, error="on the skip list")
-        return read_sample(planned)
+        return read_sample(planned, self.cache)
 
 
 class _Tasks(Sampler[_Task]):
     """This rank's packs in order, without end."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, start: Position) -> None:
-        self.plan, self.rank, self.world_size, self.start = plan, rank, world_size, start
+    def __init__(self, plan: Plan, rank: int, world_size: int, start: Position, prefetch: Prefetch | None) -> None:
+        self.plan, self.rank, self.world_size, self.start, self.prefetch = plan, rank, world_size, start, prefetch
 
     def __iter__(self) -> Iterator[_Task]:
-        position = self.start
+        position, fetched = self.start, None
         while True:
+            if self.prefetch and (window := position[:2]) != fetched:
+                self.prefetch.want(self.plan.shards(*window) + self.plan.shards(position.epoch, position.window + 1))
+                fetched = window
             step = self.plan.step(position)
             for pack in share(step.packs, self.rank, self.world_size):
                 yield _Task(pack, step.samples, step.after)
@@ -149,8 +154,12 @@ class StepStream(Iterator[StepPacks]):
         assert 0 <= rank < world_size, (rank, world_size)
         self._each = plan.config.packs_per_step // world_size
         plan.step(start)  # an error in the plan is raised here, not in the middle of the loader
-        tasks = _Tasks(plan, rank, world_size, start)
-        self._parcels = InOrder(_Reader(skip), tasks, plan.config.num_workers)
+        cache = ShardCache.open(plan.config.cache) if plan.config.cache else None
+        self._prefetch = Prefetch(cache) if cache else None
+        if self._prefetch:
+            weakref.finalize(self, self._prefetch.close)
+        tasks = _Tasks(plan, rank, world_size, start, self._prefetch)
+        self._parcels = InOrder(_Reader(skip, cache), tasks, plan.config.num_workers)
 
     def __next__(self) -> StepPacks:
         parcels = [next(self._parcels) for _ in range(self._each)]
@@ -169,3 +178,5 @@ class StepStream(Iterator[StepPacks]):
     def close(self) -> None:
         """End the workers. The stream yields nothing more."""
         self._parcels.close()
+        if self._prefetch:
+            self._prefetch.close()

@@ -3,7 +3,7 @@
 Knows nothing of packs, steps or processes. Letters: T frames, H rows, W columns, C latent channels, S text tokens, D their width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.cache import ShardCache
 from data_pipelines.decode import decode, decode_npy
 from data_pipelines.plan import PlannedSample
 from data_pipelines.samples import (
@@ -22,7 +23,7 @@ from data_pipelines.samples import (
     media_extension,
     read_caption,
 )
-from data_pipelines.storage import read_members
+from data_pipelines.storage import Member, read_members
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,19 @@ class RawSample:
     error: str | None = None
 
 
-def read_sample(planned: PlannedSample) -> RawSample:
+def read_sample(planned: PlannedSample, cache: ShardCache | None = None) -> RawSample:
     """Read and decode one planned sample, alone and anywhere. What makes it unusable becomes its `error`."""
     try:
-        return _read(planned)
+        return _read(planned, cache.read_members if cache else read_members)
     except BadSample as error:
         return RawSample(planned.id, planned.key, error=error.reason)
 
 
-def _read(planned: PlannedSample) -> RawSample:
+def _read(planned: PlannedSample, read: Callable[[str, Mapping[str, Member]], dict[str, bytes]]) -> RawSample:
     members = planned.entry.members
     media = media_extension(set(members))
     wanted = {media, CAPTION_EXTENSION, LABEL_EXTENSION, *([TEXT_EXTENSION] if media == LATENTS_EXTENSION else [])}
-    data = read_members(planned.shard, {name: place for name, place in members.items() if name in wanted})
+    data = read(planned.shard, {name: place for name, place in members.items() if name in wanted})
     sample = RawSample(planned.id, planned.key, read_caption(data.get(CAPTION_EXTENSION, b"")), _label(planned.entry.meta, data))
     if media != LATENTS_EXTENSION:
         assert planned.size is not None, planned.id

@@ -16,9 +16,7 @@ import xxhash
 
 from data_pipelines.index import Entry, ShardIndex, index_path, read_index, write_index
 from data_pipelines.samples import CAPTION_EXTENSION, BadSample, Facts, check_key, read_caption
-from data_pipelines.storage import Member, checksum, published, read_members
-
-_CHUNK = 1 << 20
+from data_pipelines.storage import Member, checksum, pieces, published, read_members
 
 
 def shard_name(number: int) -> str:
@@ -114,33 +112,28 @@ class ShardReport:
         return not self.damage and not self.bad
 
 
-def verify_shard(shard: Path, index: ShardIndex | None = None) -> ShardReport:
-    """Compare every byte of `shard` with its index (read from beside it if None)."""
-    index = read_index(index_path(str(shard))) if index is None else index
-    damage = _file_damage(shard, index)
+def verify_shard(shard: str | Path, index: ShardIndex | None = None) -> ShardReport:
+    """Compare every byte of the shard at an address with its index (read from beside it if None)."""
+    address = str(shard)
+    index = read_index(index_path(address)) if index is None else index
+    damage = _file_damage(address, index)
     bad = []
     for entry in index.entries:
         try:
-            read_members(str(shard), entry.members)
+            read_members(address, entry.members)
         except BadSample as error:
             bad.append((entry.key, error.reason))
-    return ShardReport(str(shard), len(index.entries), damage, tuple(bad))
+    return ShardReport(address, len(index.entries), damage, tuple(bad))
 
 
-def _file_damage(shard: Path, index: ShardIndex) -> tuple[str, ...]:
-    if not shard.is_file():
+def _file_damage(address: str, index: ShardIndex) -> tuple[str, ...]:
+    digest, length = xxhash.xxh3_128(), 0
+    try:
+        for piece in pieces(address):
+            digest.update(piece)
+            length += len(piece)
+    except FileNotFoundError:
         return ("missing",)
-    if (length := shard.stat().st_size) != index.length:
+    if length != index.length:
         return (f"{length} bytes, expected {index.length}",)
-    if file_checksum(shard) != index.checksum:
-        return ("the file's checksum does not match",)
-    return ()
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3_128 of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return () if digest.hexdigest() == index.checksum else ("the file's checksum does not match",)

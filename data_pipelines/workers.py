@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_pipelines.errors import UserError
+
 READ_AHEAD = 2
 """Items that each worker prepares ahead of their use."""
 
@@ -33,8 +35,8 @@ class InOrder(Iterator[Item], Generic[Item]):
 
     def __init__(self, dataset: Dataset[Item], sampler: Sampler[Any], num_workers: int) -> None:
         before = set(multiprocessing.active_children())
-        loader: DataLoader[Item] = DataLoader(
-            dataset,
+        loader: DataLoader[Item | UserError] = DataLoader(
+            _Carried(dataset),
             batch_size=None,
             sampler=sampler,
             num_workers=num_workers,
@@ -43,18 +45,34 @@ class InOrder(Iterator[Item], Generic[Item]):
             worker_init_fn=_follow_the_parent,
             generator=torch.Generator(),  # else the loader takes its seed from the process-wide generator
         )
-        self._running: list[Iterator[Item]] = [iter(loader)]
+        self._running: list[Iterator[Item | UserError]] = [iter(loader)]
         workers = [child for child in multiprocessing.active_children() if child not in before]
         self._close = weakref.finalize(self, _end, self._running, workers)
 
     def __next__(self) -> Item:
         if not self._running:
             raise StopIteration
-        return next(self._running[0])
+        item = next(self._running[0])
+        if isinstance(item, UserError):
+            raise item
+        return item
 
     def close(self) -> None:
         """End the iteration and its workers."""
         self._close()
+
+
+class _Carried(Dataset[Item | UserError], Generic[Item]):
+    """Items, and errors for the user as items: a loader would raise them with a worker's traceback in their text."""
+
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: Any) -> Item | UserError:
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            return error
 
 
 def _context() -> Any:

@@ -38,7 +38,7 @@ from dit.runtime import distributed
 log = logging.getLogger(__name__)
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
-FREE_KEYS = ("data.num_workers", "data.max_bad_fraction")
+FREE_KEYS = ("data.num_workers", "data.max_bad_fraction", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,16 @@ def _lock(folder: Path) -> str | None:
 def _refuse_another_run(old: Section, new: Section, folder: Path) -> None:
     before, now = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    fixed = [key for key in changed if any(key == part or key.startswith(part + ".") for part in FIXED_KEYS) and key not in FREE_KEYS]
+    fixed = [key for key in changed if _is_of(key, FIXED_KEYS) and not _is_of(key, FREE_KEYS)]
     if fixed:
         lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
         raise UserError(
             f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another `out`, or delete that folder"
         )
+
+
+def _is_of(key: str, sections: tuple[str, ...]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipelines.config import DataConfig
+from data_pipelines.errors import UserError
 from data_pipelines.loader import StepStream
-from data_pipelines.plan import open_plan
+from data_pipelines.plan import Plan, open_plan
 
 
 def grid_of(facts):
@@ -33,6 +35,15 @@ def test_closing_ends_the_workers_and_the_stream(shapes):
     assert set(multiprocessing.active_children()) <= before
     with pytest.raises(StopIteration):
         next(stream)
+
+
+def test_an_error_for_the_user_comes_out_of_a_worker_as_it_is(shapes):
+    plan = plan_of(shapes, num_workers=1)
+    elsewhere = [replace(shard, address=f"ftp://host/{shard.name}.tar") for shard in plan.sources[0].shards]
+    plan = Plan(plan.config, [replace(plan.sources[0], shards=tuple(elsewhere))], grid_of, 0)
+    with StepStream(plan, 0, 1) as stream, pytest.raises(UserError, match=r"address 'ftp://host") as raised:
+        next(stream)
+    assert "Traceback" not in str(raised.value)
 
 
 _ENDLESS = """
