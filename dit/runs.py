@@ -107,6 +107,8 @@ class TrainedRun:
 
 def make_folder(path: str, key: str) -> Path:
     """Make the folder `path` of the config key `key`. Raises UserError if that is impossible."""
+    if "://" in path:
+        raise UserError(f"{key}={path}: expected a local folder; what is written there can be copied to a store afterwards, as it is")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file of that name, no permission, a full disk

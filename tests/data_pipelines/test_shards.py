@@ -127,7 +127,7 @@ def test_every_flipped_bit_is_noticed_and_costs_at_most_its_own_sample(tmp_path,
     index = read_index(index_path(str(shard)))
     whole = shard.read_bytes()
     draw = random.Random(0)
-    for _ in range(100):
+    for _ in range(300):
         position = draw.randrange(len(whole))
         damaged = bytearray(whole)
         damaged[position] ^= 1 << draw.randrange(8)
