@@ -49,7 +49,7 @@ def test_a_foreign_tar_cut_anywhere_yields_whole_samples_only(tmp_path, write_sh
 
 def test_a_flipped_bit_in_a_foreign_tar_is_noticed_or_in_content_that_nobody_vouches_for(tmp_path, write_shard):
     """300 flips: in headers all are found; in padding they are harmless; in content only a decoder could tell before there is an index."""
-    shard = write_shard(tmp_path / "s")
+    shard = write_shard(tmp_path / "s", side=16)
     whole, draw, found_in = shard.read_bytes(), random.Random(1), Counter()
     foreign = tmp_path / "foreign.tar"
     foreign.write_bytes(whole)
