@@ -14,9 +14,9 @@ _LISTED = 20  # problems printed one by one; the rest is counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data, 5 access denied, 75 storage is away."""
     options = _parser().parse_args(argv)
-    commands = {"ingest": _ingest, "shapes": _shapes, "check": _check, "show": _show}
+    commands = {"ingest": _ingest, "shapes": _shapes, "index": _index, "check": _check, "show": _show}
     try:
         commands[options.command](options)
     except UserError as error:
@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--split", choices=("train", "held_out"), default="train", help="attribute combinations (default: %(default)s)")
     shapes.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="clips of a shard (default: %(default)s)")
     shapes.add_argument("--processes", type=int, default=2, help="at most this many (default: %(default)s)")
+    index = commands.add_parser("index", help="index shards of others, once, in parallel; the same command goes on")
+    index.add_argument("folder", metavar="DIR", help="folder of tars without index, local or s3://")
     check = commands.add_parser("check", help="verify every checksum")
     check.add_argument("folder", metavar="DIR", help="folder of shards")
     show = commands.add_parser("show", help="draw a contact sheet")
@@ -80,6 +82,15 @@ def _shapes(options: argparse.Namespace) -> None:
 
     render(options.out, ShapesSet(options.clips, options.seed, options.split, options.shard_samples), options.processes)
     print(f"{options.clips} clips in {options.out}")
+
+
+def _index(options: argparse.Namespace) -> None:
+    from data_pipelines.sources import read_source
+
+    source = read_source(options.folder, config_key="DIR")
+    for problem in source.problems:
+        print(f"  note: {problem}")
+    print(f"{source.samples} samples in {len(source.shards)} shards; manifest {source.hash}")
 
 
 def _check(options: argparse.Namespace) -> None:

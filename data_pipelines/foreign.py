@@ -26,7 +26,7 @@ from data_pipelines.storage import Member, checksum, local_path, pieces
 
 MAX_MEMBERS = 5_000_000
 MAX_MEMBER_BYTES = 4 << 30
-_PARALLEL_BYTES = 64 << 20  # below it starting processes takes longer than it saves
+_PARALLEL_BYTES = 512 << 20  # below it starting processes takes longer than it saves
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
 _DAMAGE = None  # stands between the members that a damaged place separates
@@ -168,7 +168,9 @@ def index_all(shards: Mapping[str, int]) -> None:
     """Index the tars at these addresses (-> length), in parallel where it pays. What is done is kept if this is interrupted."""
     total, processes = sum(shards.values()), min(len(os.sched_getaffinity(0)), len(shards))
     progress, done = Progress(max(1, round(total / 1e6)), "indexing", "MB"), 0
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) if processes > 1 and total > _PARALLEL_BYTES else None
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(processes, mp_context=context) if processes > 1 and total > _PARALLEL_BYTES else None
     with pool or nullcontext():
         for address in pool.map(_index_one, shards) if pool else map(_index_one, shards):
             done += shards[address]

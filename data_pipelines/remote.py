@@ -34,11 +34,10 @@ def read_object(address: str, start: int = 0, end: int | None = None) -> bytes:
     bucket, key = _split(address)
     chunks: list[bytes] = []
 
-    async def attempt(fs: Any, deadline: asyncio.Timeout) -> None:
-        client = await fs.set_session()
+    async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
         at = start + sum(map(len, chunks))
         wanted = f"bytes={at}-{'' if end is None else end - 1}"
-        reply = await client.get_object(Bucket=bucket, Key=key, Range=wanted, **fs.req_kw)
+        reply = await client.get_object(Bucket=bucket, Key=key, Range=wanted)
         if "ContentRange" not in reply and at:
             raise UserError(f"{address}: the server ignores ranges, which reading of shards needs")
         async with reply["Body"] as body:
@@ -62,9 +61,8 @@ def list_objects(address: str) -> dict[str, int]:
     prefix = key.rstrip("/") + "/" if key else ""
     found: dict[str, int] = {}
 
-    async def attempt(fs: Any, deadline: asyncio.Timeout) -> None:
-        client = await fs.set_session()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/", **fs.req_kw)
+    async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
         async for page in pages:
             found.update({f"s3://{bucket}/{item['Key']}": int(item["Size"]) for item in page.get("Contents", [])})
             _extend(deadline)
@@ -79,8 +77,7 @@ def write_object(address: str, data: bytes) -> None:
     """Write a whole object. Raises AccessDenied, StorageUnavailable."""
     bucket, key = _split(address)
 
-    async def attempt(fs: Any, deadline: asyncio.Timeout) -> None:
-        client = await fs.set_session()
+    async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
         await client.put_object(Bucket=bucket, Key=key, Body=data)
 
     _persist(address, attempt, lambda: 0)
@@ -112,8 +109,9 @@ def _persist(address: str, attempt: Callable[[Any, asyncio.Timeout], Awaitable[N
     fs = _filesystem(os.getpid())
 
     async def bounded() -> None:
+        client = await fs.set_session()  # made once, and not by the server that the deadline is for
         async with asyncio.timeout(STALL_SECONDS) as deadline:
-            await attempt(fs, deadline)
+            await attempt(client, deadline)
 
     tries, since, before = 0, time.monotonic(), 0
     while True:

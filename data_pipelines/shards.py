@@ -3,7 +3,6 @@
 Knows nothing of what the members mean; facts about a sample come from the caller.
 """
 
-import io
 import tarfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,22 +23,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-class _Hashed(io.RawIOBase):
-    """A write-only stream that hashes and counts what passes through it on its way to `file`."""
+class _Hashed:
+    """Hashes and counts what is written on its way to `file`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash, self.length = file, xxhash.xxh3_128(), 0
 
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.length
-
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> None:
         self.hash.update(data)
         self.length += len(data)
-        return self.file.write(data)
+        self.file.write(data)
 
 
 class ShardWriter:
@@ -58,13 +51,13 @@ class ShardWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._out = _Hashed(stack.enter_context(published(self.path)))
-            # PAX writes plain ustar headers wherever a name fits into them.
-            self._tar = stack.enter_context(tarfile.open(fileobj=self._out, mode="w", format=tarfile.PAX_FORMAT))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
+            ending = -(self._out.length + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
+            self._out.write(bytes(2 * tarfile.BLOCKSIZE + ending))
             Path(index_path(str(self.path))).unlink(missing_ok=True)  # an old index must not vouch for the new tar
         self._stack.__exit__(kind, error, trace)
         if kind is None:
@@ -92,9 +85,11 @@ class ShardWriter:
     def _write(self, name: str, data: bytes) -> Member:
         info = tarfile.TarInfo(name)  # owner 0, time 0: the same samples give the same bytes
         info.size, info.mode = len(data), 0o644
-        self._tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return Member(self._out.length - padded, len(data), checksum(data))
+        self._out.write(info.tobuf(tarfile.PAX_FORMAT))  # PAX writes plain ustar headers wherever a name fits into them
+        offset = self._out.length
+        self._out.write(data)
+        self._out.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return Member(offset, len(data), checksum(data))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.samples import BadSample
 
 SCHEMES = ("file", "s3")
-_PIECE = 16 << 20
+_PIECE, _BUFFER = 16 << 20, 1 << 20
 _GAP = 64 * 1024  # bytes between wanted members that are cheaper to read than to skip
 
 
@@ -128,7 +128,7 @@ def published(path: Path) -> Iterator[IO[bytes]]:
     """Write a file under a temporary name and give it its own name once it is whole and on disk; drop it on failure."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w+b") as file:
+        with partial.open("w+b", buffering=_BUFFER) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

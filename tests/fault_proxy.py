@@ -29,10 +29,11 @@ class Fault:
 
 
 class FaultProxy:
-    """Forward to 127.0.0.1:`port`, with the fault that `fault(request)` says. Keeps the requests."""
+    """Forward to 127.0.0.1:`port`, with the fault that `fault(request)` says. Keeps the requests since `harm` was called."""
 
-    def __init__(self, port: int, fault: Callable[[Request], Fault | None]) -> None:
+    def __init__(self, port: int) -> None:
         self.requests: list[Request] = []
+        self.fault: Callable[[Request], Fault | None] = lambda request: None
         lock = threading.Lock()
         proxy = self
 
@@ -49,7 +50,7 @@ class FaultProxy:
                 reply = upstream.getresponse()
                 data = reply.read()
                 upstream.close()
-                self.answer(reply, data, fault(request) or Fault())
+                self.answer(reply, data, proxy.fault(request) or Fault())
 
             do_PUT = do_HEAD = do_GET
 
@@ -80,6 +81,11 @@ class FaultProxy:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
+
+    def harm(self, fault: Callable[[Request], Fault | None]) -> None:
+        """Begin anew with another fault."""
+        self.fault = fault
+        self.requests.clear()
 
     def __enter__(self) -> "FaultProxy":
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

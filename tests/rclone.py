@@ -35,12 +35,12 @@ def fetch() -> None:
 
 
 class S3Server:
-    """A server over `folder`, whose subfolders are buckets; ends with the block."""
+    """A server over `folder`, whose subfolders are buckets; ends with the block. remembers: how long a listing and hashes are kept."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remembers: str = "0s") -> None:
         if not BINARY.is_file():
             pytest.skip(f"no rclone at {BINARY}: `python -m tests.rclone` fetches it")
-        self.folder, self.port = folder, free_port()
+        self.folder, self.port, self.remembers = folder, free_port(), remembers
 
     def __enter__(self) -> "S3Server":
         self.start()
@@ -64,7 +64,7 @@ class S3Server:
             "--config",
             "",
             "--dir-cache-time",
-            "0s",
+            self.remembers,
             str(self.folder),
         ]
         log = (self.folder.parent / "rclone.log").open("ab")
