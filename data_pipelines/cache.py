@@ -57,10 +57,10 @@ class ShardCache:
     def read_members(self, address: str, members: Mapping[str, Member]) -> dict[str, bytes]:
         """Read and verify members of one sample, from the copy if there is one, else from the shard. Raises BadSample."""
         place = self.place(address)
-        if local_path(address) is None and place.exists():
+        if local_path(address) is None:
             try:
                 return read_members(str(place), members)
-            except BadSample:  # evicted a moment ago, or damaged on this disk
+            except BadSample:  # not there, or damaged on this disk
                 place.unlink(missing_ok=True)
         return read_members(address, members)
 
