@@ -10,7 +10,7 @@ import torch
 from data_pipelines.config import Source
 from data_pipelines.errors import UserError
 from dit.config.encoders import EncodersConfig
-from dit.runs import Encoders
+from dit.runs import Encoders, make_folder
 from dit.stream import check_cache
 
 
@@ -47,3 +47,8 @@ def test_an_unfinished_or_damaged_cache_is_refused(latents: Path, tmp_path: Path
 
 def test_shards_of_pixels_are_no_cache(clips: Path, encoders: Encoders) -> None:
     check_cache(Source(path=str(clips)), encoders, "data.sources.0.path")
+
+
+def test_what_is_written_is_written_to_a_local_folder() -> None:
+    with pytest.raises(UserError, match=r"out=s3://bucket/latents: expected a local folder"):
+        make_folder("s3://bucket/latents", "out")
