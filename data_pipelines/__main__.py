@@ -14,13 +14,13 @@ _LISTED = 20  # problems printed one by one; the rest is counted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data, 5 access denied, 75 storage is away."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in options or any(item.startswith("-") or "=" not in item for item in rest)):
         parser.error(f"not understood: {' '.join(rest)}")
     options.overrides = [*getattr(options, "overrides", []), *rest]  # argparse leaves those that follow an option
-    commands = {"ingest": _ingest, "shapes": _shapes, "check": _check, "show": _show, "stats": _stats}
+    commands = {"ingest": _ingest, "shapes": _shapes, "index": _index, "check": _check, "show": _show, "stats": _stats}
     try:
         commands[options.command](options)
     except UserError as error:
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--split", choices=("train", "held_out"), default="train", help="attribute combinations (default: %(default)s)")
     shapes.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="clips of a shard (default: %(default)s)")
     shapes.add_argument("--processes", type=int, default=2, help="at most this many (default: %(default)s)")
+    index = commands.add_parser("index", help="index shards of others, once, in parallel; the same command goes on")
+    index.add_argument("folder", metavar="DIR", help="folder of tars without index, local or s3://")
     check = commands.add_parser("check", help="verify every checksum")
     check.add_argument("folder", metavar="DIR", help="folder of shards")
     show = commands.add_parser("show", help="draw a contact sheet, and histograms of every field")
@@ -102,6 +104,15 @@ def _shapes(options: argparse.Namespace) -> None:
     print(f"{options.clips} clips in {options.out}")
 
 
+def _index(options: argparse.Namespace) -> None:
+    from data_pipelines.sources import read_source
+
+    source = read_source(options.folder, config_key="DIR")
+    for problem in source.problems:
+        print(f"  note: {problem}")
+    print(f"{source.samples} samples in {len(source.shards)} shards; manifest {source.hash}")
+
+
 def _check(options: argparse.Namespace) -> None:
     from data_pipelines.progress import track
     from data_pipelines.shards import verify_shard
@@ -111,7 +122,7 @@ def _check(options: argparse.Namespace) -> None:
     damaged: list[str] = []
     bad: list[tuple[str, str]] = []
     for shard in track(source.shards, "checking"):
-        found = verify_shard(Path(shard.address), source.index(shard))
+        found = verify_shard(shard.address, source.index(shard))
         damaged += [f"{found.shard}: {damage}" for damage in found.damage]
         bad += [(f"{shard.name}/{key}", reason) for key, reason in found.bad]
     for problem in source.problems:

@@ -41,6 +41,15 @@ class SizeRule(Section):
     """Sides are multiples of this. None: what codec and patch need."""
 
 
+class CacheConfig(Section):
+    """Copies of remote (s3://) shards on a disk of each node, made ahead of their use."""
+
+    path: str
+    """Folder on a local disk; the ranks of a node share it, and so may other runs."""
+    size_gb: PositiveFloat = 100.0
+    """Bound in 10^9 bytes. The least recently used copy makes room; two windows of shards should fit, what does not is read remotely."""
+
+
 class DataConfig(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     """Where samples come from; several sources are mixed in one stream."""
@@ -54,6 +63,8 @@ class DataConfig(Section):
     """More allowed sizes, by rule; those of more tokens than token_budget are left out."""
     window_shards: PositiveInt = 16
     """Shards whose samples are shuffled together: bounds the memory of the plan."""
+    cache: CacheConfig | None = None
+    """Keep copies of remote shards on a local disk; null reads every sample from its remote shard."""
     num_workers: NonNegativeInt = 1
     """Loader processes of a rank; the stream does not depend on it."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001

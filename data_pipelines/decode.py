@@ -19,6 +19,9 @@ from data_pipelines.config import Size
 from data_pipelines.samples import IMAGE_EXTENSIONS, BadSample
 from data_pipelines.video import MAX_PIXELS, Frames, examine, frames_at
 
+VERSION = 1
+"""Part of every latent cache. Raise it when the same bytes, size and key give other pixels."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 _BITS = {"<f2": (np.uint16, 0x7FFF, 0x7C00), "<f4": (np.uint32, 0x7FFFFFFF, 0x7F800000)}

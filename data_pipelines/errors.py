@@ -17,3 +17,15 @@ class NoValidCheckpoint(UserError):
     """Checkpoints exist, none of them passes verification. Never answered by training from scratch."""
 
     exit_code = 4
+
+
+class AccessDenied(UserError):
+    """A store refuses the credentials, or there are none. Names the bucket and the profile, never the secret."""
+
+    exit_code = 5
+
+
+class StorageUnavailable(UserError):
+    """A store does not answer, for longer than is waited. The samples are good: no reason to skip them, one to start again later."""
+
+    exit_code = 75

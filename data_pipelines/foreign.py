@@ -7,18 +7,26 @@ found. A sample next to damage may lack members without any sign of it, so it is
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from multiprocessing import get_context
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import IO, Any
 
-from data_pipelines.index import Entry, ShardIndex, index_path, write_index
+import xxhash
+
+from data_pipelines.errors import AccessDenied
+from data_pipelines.index import Entry, ShardIndex, index_path, spare_index_path, write_index
 from data_pipelines.probe import probe
+from data_pipelines.progress import Progress
 from data_pipelines.samples import CAPTION_EXTENSION, BadSample, media_extension, read_caption, split_name
-from data_pipelines.shards import file_checksum
-from data_pipelines.storage import Member, checksum
+from data_pipelines.storage import Member, checksum, local_path, pieces
 
 MAX_MEMBERS = 5_000_000
 MAX_MEMBER_BYTES = 4 << 30
+_PARALLEL_BYTES = 512 << 20  # below it starting processes takes longer than it saves
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
 _DAMAGE = None  # stands between the members that a damaged place separates
@@ -134,10 +142,11 @@ def _group(places: Iterator[Place | None], problems: Problems) -> dict[str, dict
     return samples
 
 
-def index_foreign(shard: Path) -> ShardIndex:
-    """Index a tar that has no index, reading it once, and write the index beside it if the folder can be written."""
+def index_foreign(shard: str | Path) -> ShardIndex:
+    """Index a tar that has no index, local or remote, and store the index beside it, or where spare ones lie if that is forbidden."""
+    address = str(shard)
     problems: Problems = []
-    with shard.open("rb") as file:
+    with _opened(address) as (file, length, digest):
         samples = _group(scan_tar(file, problems), problems)
         entries = []
         for key, places in samples.items():
@@ -145,10 +154,45 @@ def index_foreign(shard: Path) -> ShardIndex:
                 entries.append(_entry(file, key, places))
             except BadSample as error:
                 problems.append((key, error.reason))
-    index = ShardIndex(shard.name, shard.stat().st_size, file_checksum(shard), tuple(entries), tuple(problems))
-    if os.access(shard.parent, os.W_OK):
-        write_index(Path(index_path(str(shard))), index)
+    index = ShardIndex(PurePosixPath(address).name, length, digest, tuple(entries), tuple(problems))
+    try:
+        write_index(index_path(address), index)
+    except (OSError, AccessDenied):
+        place = spare_index_path(address)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_index(place, index)
     return index
+
+
+def index_all(shards: Mapping[str, int]) -> None:
+    """Index the tars at these addresses (-> length), in parallel where it pays. What is done is kept if this is interrupted."""
+    total, processes = sum(shards.values()), min(len(os.sched_getaffinity(0)), len(shards))
+    progress, done = Progress(max(1, round(total / 1e6)), "indexing", "MB"), 0
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(processes, mp_context=context) if processes > 1 and total > _PARALLEL_BYTES else None
+    with pool or nullcontext():
+        for address in pool.map(_index_one, shards) if pool else map(_index_one, shards):
+            done += shards[address]
+            progress.advance(max(1, round(done / 1e6)) - progress.done)
+
+
+def _index_one(address: str) -> str:
+    index_foreign(address)
+    return address
+
+
+@contextmanager
+def _opened(address: str) -> Iterator[tuple[IO[bytes], int, str]]:
+    """A shard as a local file, copied if it is remote; its length and xxh3_128."""
+    path, digest, length = local_path(address), xxhash.xxh3_128(), 0
+    with TemporaryFile(prefix="dit-index-") if path is None else path.open("rb") as file:
+        for piece in pieces(address):
+            digest.update(piece)
+            length += len(piece)
+            if path is None:
+                file.write(piece)
+        yield file, length, digest.hexdigest()
 
 
 def _entry(file: IO[bytes], key: str, places: dict[str, Place]) -> Entry:

@@ -4,16 +4,17 @@ JSON, one sample a line, with a checksum of its own. Knows nothing of how shards
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 import xxhash
 
 from data_pipelines.errors import UserError
 from data_pipelines.samples import Facts, Kind
-from data_pipelines.storage import Member, filesystem, published
+from data_pipelines.storage import Member, read_file, write_file
 
 SCHEMA = 1
 SUFFIX = ".index.json"
@@ -51,17 +52,21 @@ def index_path(shard: str) -> str:
     return shard + SUFFIX
 
 
-def write_index(path: Path, index: ShardIndex) -> None:
-    """Write the index, whole or not at all."""
+def spare_index_path(shard: str) -> Path:
+    """Where the index of a shard lies if it cannot lie beside it, because others own the folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "dit" / "indexes" / f"{xxhash.xxh3_128_hexdigest(shard.encode())}-{index_path(PurePosixPath(shard).name)}"
+
+
+def write_index(address: str | Path, index: ShardIndex) -> None:
+    """Write the index to a local path or an object, whole or not at all. Raises OSError, AccessDenied, StorageUnavailable."""
     body = _body(index)
-    with published(path) as file:
-        file.write(f'{{"digest": "{_digest(body)}",\n{body}}}\n'.encode())
+    write_file(str(address), f'{{"digest": "{_digest(body)}",\n{body}}}\n'.encode())
 
 
 def read_index(address: str) -> ShardIndex:
     """Read the index at `address` (local path or object). Raises UserError if it is damaged or of another schema."""
-    fs, path = filesystem(address)
-    return parse_index(fs.cat_file(path), address)
+    return parse_index(read_file(address), address)
 
 
 def parse_index(data: bytes, address: str) -> ShardIndex:

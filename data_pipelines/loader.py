@@ -7,6 +7,7 @@ as a hole, with the reason. Knows nothing of encoders.
 import logging
 import os
 import signal
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from data_pipelines.cache import Prefetch, ShardCache
 from data_pipelines.packed import Grid
 from data_pipelines.plan import START, Plan, PlannedPack, PlannedSample, Position, check_world_size, share
 from data_pipelines.raw import RawSample, read_sample
@@ -125,8 +127,8 @@ class _Reader(Dataset[_Parcel]):
     busy: (workers, 3) shared; process, task and sample that each worker is at, so that its end tells which sample was its last.
     """
 
-    def __init__(self, seconds: float, busy: Tensor) -> None:
-        self.seconds, self.busy = seconds, busy
+    def __init__(self, seconds: float, busy: Tensor, cache: ShardCache | None) -> None:
+        self.seconds, self.busy, self.cache = seconds, busy, cache
 
     def __getitem__(self, task: _Task) -> _Parcel:
         return _parcel(task, [self._sample(task, number, planned) for number, planned in enumerate(task.pack)])
@@ -135,10 +137,10 @@ class _Reader(Dataset[_Parcel]):
         if number in task.holes:
             return RawSample(planned.id, planned.key, error=task.holes[number])
         if (worker := get_worker_info()) is None:
-            return read_sample(planned, self.seconds)
+            return read_sample(planned, self.seconds, self.cache)
         place = self.busy[worker.id].numpy()
         place[:] = os.getpid(), task.number, number
-        sample = read_sample(planned, self.seconds)
+        sample = read_sample(planned, self.seconds, self.cache)
         place[0] = 0
         return sample
 
@@ -146,8 +148,10 @@ class _Reader(Dataset[_Parcel]):
 class _Tasks(Sampler[_Task]):
     """This rank's packs in order, without end. waiting: those that are given out and not delivered. left_out: ids not to read."""
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, start: Position, left_out: set[str]) -> None:
-        self.plan, self.rank, self.world_size, self.left_out = plan, rank, world_size, left_out
+    def __init__(
+        self, plan: Plan, rank: int, world_size: int, start: Position, left_out: set[str], prefetch: Prefetch | None = None
+    ) -> None:
+        self.plan, self.rank, self.world_size, self.left_out, self.prefetch = plan, rank, world_size, left_out, prefetch
         self.waiting: deque[_Task] = deque()
         self._again: deque[_Task] = deque()
         self._fresh = self._from(start)
@@ -166,8 +170,11 @@ class _Tasks(Sampler[_Task]):
         self.waiting.clear()
 
     def _from(self, position: Position) -> Iterator[_Task]:
-        number = 0
+        number, fetched = 0, None
         while True:
+            if self.prefetch and (window := position[:2]) != fetched:
+                self.prefetch.want(self.plan.shards(*window) + self.plan.shards(position.epoch, position.window + 1))
+                fetched = window
             step = self.plan.step(position)
             for pack in share(step.packs, self.rank, self.world_size):
                 holes = {i: ON_THE_LIST for i, planned in enumerate(pack) if planned.id in self.left_out}
@@ -193,7 +200,11 @@ class StepStream(Iterator[StepPacks]):
         plan.step(start)  # an error in the plan is raised here, not in the middle of the loader
         self._config, self._left_out, self._lost = plan.config, set(skip), 0
         self._busy = torch.zeros(plan.config.num_workers, 3, dtype=torch.int64).share_memory_()
-        self._tasks = _Tasks(plan, rank, world_size, start, self._left_out)
+        self._cache = ShardCache.open(plan.config.cache) if plan.config.cache else None
+        self._prefetch = Prefetch(self._cache) if self._cache else None
+        if self._prefetch:
+            weakref.finalize(self, self._prefetch.close)
+        self._tasks = _Tasks(plan, rank, world_size, start, self._left_out, self._prefetch)
         self._parcels = self._open()
 
     def leave_out(self, ids: Iterable[str]) -> None:
@@ -212,7 +223,8 @@ class StepStream(Iterator[StepPacks]):
 
     def _open(self) -> InOrder[_Parcel]:
         config = self._config
-        return InOrder(_Reader(config.sample_seconds, self._busy), self._tasks, config.num_workers, int(config.worker_gib * 2**30))
+        reader = _Reader(config.sample_seconds, self._busy, self._cache)
+        return InOrder(reader, self._tasks, config.num_workers, int(config.worker_gib * 2**30))
 
     def _next_parcel(self) -> _Parcel:
         while True:
@@ -254,3 +266,5 @@ class StepStream(Iterator[StepPacks]):
     def close(self) -> None:
         """End the workers at once, for they hold nothing. The stream yields nothing more."""
         self._parcels.close(kill=True)
+        if self._prefetch:
+            self._prefetch.close()

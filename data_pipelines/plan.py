@@ -141,11 +141,15 @@ class Plan:
                     raise UserError(f"no sample was drawn in {_EMPTY_EPOCHS} epochs: raise data.sources[i].weight")
         return PlannedStep(tuple(packs), Position(epoch, window, pack, self.manifest_hash))
 
+    def shards(self, epoch: int, window: int) -> list[tuple[SourceManifest, Shard]]:
+        """The shards of one window; the window after the last is the first of the next epoch."""
+        size = self.config.window_shards
+        epoch, window = epoch + window // self.windows, window % self.windows
+        return self._order(epoch)[window * size : (window + 1) * size]
+
     def _packs(self, epoch: int, window: int) -> tuple[PlannedPack, ...]:
         """Every pack of one window."""
-        size = self.config.window_shards
-        shards = self._order(epoch)[window * size : (window + 1) * size]
-        samples = chain.from_iterable(self._samples(source, shard, epoch) for source, shard in shards)
+        samples = chain.from_iterable(self._samples(source, shard, epoch) for source, shard in self.shards(epoch, window))
         shuffled = sorted(samples, key=lambda s: (randomness.key(self.seed, epoch, "order", s.id, s.repeat), s.id))
         tokens, costs = [tokens_of(sample.grid) for sample in shuffled], [sample.cost for sample in shuffled]
         packs = packing.balance(tokens, costs, self.config.token_budget)

@@ -4,15 +4,17 @@ Knows nothing of packs, steps or processes. Letters: T frames, H rows, W columns
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data_pipelines.cache import ShardCache
 from data_pipelines.deadline import deadline
 from data_pipelines.decode import decode, decode_npy
 from data_pipelines.plan import PlannedSample
@@ -25,7 +27,7 @@ from data_pipelines.samples import (
     media_extension,
     read_caption,
 )
-from data_pipelines.storage import read_members
+from data_pipelines.storage import Member, read_members
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,32 @@ class RawSample:
     error: str | None = None
 
 
-def read_sample(planned: PlannedSample, seconds: float | None = None) -> RawSample:
-    """Read and decode one planned sample, alone and anywhere. What makes it unusable becomes its `error`; so does taking `seconds`."""
+def read_sample(planned: PlannedSample, seconds: float | None = None, cache: ShardCache | None = None) -> RawSample:
+    """Read and decode one planned sample, alone and anywhere. What makes it unusable becomes its `error`; so does taking `seconds`.
+
+    Waiting for remote storage does not count, for the sample is not to blame: storage has a patience of its own.
+    """
+    limit = nullcontext if seconds is None else partial(deadline, seconds)
     try:
-        with deadline(seconds) if seconds is not None else nullcontext():
-            return _read(planned)
+        with nullcontext() if "://" in planned.shard else limit():
+            data = _members(planned, cache.read_members if cache else read_members)
+        with limit():
+            return _decoded(planned, data)
     except BadSample as error:
         return RawSample(planned.id, planned.key, error=error.reason)
     except MemoryError:
         return RawSample(planned.id, planned.key, error="needs more memory than a loader process may take")
 
 
-def _read(planned: PlannedSample) -> RawSample:
+def _members(planned: PlannedSample, read: Callable[[str, Mapping[str, Member]], dict[str, bytes]]) -> dict[str, bytes]:
     members = planned.entry.members
     media = media_extension(set(members))
     wanted = {media, CAPTION_EXTENSION, LABEL_EXTENSION, *([TEXT_EXTENSION] if media == LATENTS_EXTENSION else [])}
-    data = read_members(planned.shard, {name: place for name, place in members.items() if name in wanted})
+    return read(planned.shard, {name: place for name, place in members.items() if name in wanted})
+
+
+def _decoded(planned: PlannedSample, data: Mapping[str, bytes]) -> RawSample:
+    media = media_extension(set(data))
     sample = RawSample(planned.id, planned.key, read_caption(data.get(CAPTION_EXTENSION, b"")), _label(planned.entry.meta, data))
     if media != LATENTS_EXTENSION:
         assert planned.size is not None, planned.id

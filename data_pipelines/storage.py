@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import fsspec
 import xxhash
 
+from data_pipelines import remote
 from data_pipelines.errors import UserError
 from data_pipelines.samples import BadSample
 
 SCHEMES = ("file", "s3")
+_PIECE, _BUFFER = 16 << 20, 1 << 20
 _GAP = 64 * 1024  # bytes between wanted members that are cheaper to read than to skip
 
 
@@ -34,21 +35,46 @@ def checksum(data: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def filesystem(address: str) -> tuple[Any, str]:
-    """The fsspec filesystem of `address` and the path in it. Raises UserError for schemes that are not allowed."""
-    scheme = address.split("://", 1)[0] if "://" in address else "file"
-    if scheme not in SCHEMES or "::" in address or address.startswith("pipe:"):
+def local_path(address: str) -> Path | None:
+    """The path of a local address, None for an object of a store. Raises UserError for schemes that are not allowed."""
+    scheme, separator, rest = address.partition("://")
+    if not separator and not address.startswith("pipe:"):
+        return Path(address)
+    if scheme not in SCHEMES or "::" in address:
         allowed = ", ".join(f"{name}://" for name in SCHEMES)
         raise UserError(f"address {address!r}: expected a local path or one of {allowed}; change data.sources[i].path")
-    fs, path = fsspec.core.url_to_fs(address)
-    return fs, str(path)
+    return Path(rest) if scheme == "file" else None
+
+
+def read_file(address: str) -> bytes:
+    """The whole file or object. Raises FileNotFoundError and other OSErrors, AccessDenied, StorageUnavailable."""
+    path = local_path(address)
+    return remote.read_object(address) if path is None else path.read_bytes()
+
+
+def write_file(address: str, data: bytes) -> None:
+    """Write a file or object, whole or not at all. Raises OSError, AccessDenied, StorageUnavailable."""
+    path = local_path(address)
+    if path is None:
+        remote.write_object(address, data)
+        return
+    with published(path) as file:
+        file.write(data)
+
+
+def folder_files(folder: str) -> dict[str, int]:
+    """Address and length of the files directly in a folder. Raises FileNotFoundError, NotADirectoryError, and as `read_file`."""
+    path = local_path(folder)
+    if path is None:
+        return remote.list_objects(folder)
+    return {str(file): file.stat().st_size for file in path.absolute().iterdir() if file.is_file()}
 
 
 def read_range(address: str, offset: int, length: int) -> bytes:
-    """Read `length` bytes at `offset`. Raises BadSample if they cannot be had."""
-    fs, path = filesystem(address)
+    """Read `length` bytes at `offset`. Raises BadSample if they are not there; AccessDenied or StorageUnavailable, which end the run."""
+    path = local_path(address)
     try:
-        data: bytes = fs.cat_file(path, start=offset, end=offset + length)
+        data = remote.read_object(address, offset, offset + length) if path is None else _read_local(path, offset, length)
     except FileNotFoundError as error:
         raise BadSample("shard is missing") from error
     except OSError as error:
@@ -56,6 +82,22 @@ def read_range(address: str, offset: int, length: int) -> bytes:
     if len(data) != length:
         raise BadSample("shard is truncated")
     return data
+
+
+def pieces(address: str) -> Iterator[bytes]:
+    """The content of a file or object in order, in pieces of 16 MiB. Raises as `read_file`."""
+    path = local_path(address)
+    offset, piece = 0, bytes(_PIECE)
+    while len(piece) == _PIECE:
+        piece = remote.read_object(address, offset, offset + _PIECE) if path is None else _read_local(path, offset, _PIECE)
+        offset += len(piece)
+        yield piece
+
+
+def _read_local(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
 
 
 def read_member(address: str, offset: int, length: int, expected: str) -> bytes:
@@ -86,7 +128,7 @@ def published(path: Path) -> Iterator[IO[bytes]]:
     """Write a file under a temporary name and give it its own name once it is whole and on disk; drop it on failure."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w+b") as file:
+        with partial.open("w+b", buffering=_BUFFER) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

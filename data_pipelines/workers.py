@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipelines.deadline import limit_memory
+from data_pipelines.errors import UserError
 
 READ_AHEAD = 2
 """Items that each worker prepares ahead of their use."""
@@ -45,8 +46,8 @@ class InOrder(Iterator[Item], Generic[Item]):
 
     def __init__(self, dataset: Dataset[Item], sampler: Sampler[Any], num_workers: int, memory: int | None = None) -> None:
         before = set(multiprocessing.active_children())
-        loader: DataLoader[Item] = DataLoader(
-            dataset,
+        loader: DataLoader[Item | UserError] = DataLoader(
+            _Carried(dataset),
             batch_size=None,
             sampler=sampler,
             num_workers=num_workers,
@@ -55,7 +56,7 @@ class InOrder(Iterator[Item], Generic[Item]):
             worker_init_fn=partial(_begin, memory=memory),
             generator=torch.Generator(),  # else the loader takes its seed from the process-wide generator
         )
-        self._running: list[Iterator[Item]] = [iter(loader)]
+        self._running: list[Iterator[Item | UserError]] = [iter(loader)]
         workers = [child for child in multiprocessing.active_children() if child not in before]
         self._workers = workers
         self._close = weakref.finalize(self, _end, self._running, workers)
@@ -64,18 +65,34 @@ class InOrder(Iterator[Item], Generic[Item]):
         if not self._running:
             raise StopIteration
         try:
-            return next(self._running[0])
+            item = next(self._running[0])
         except RuntimeError as error:  # how the loader says that a worker is gone, but also an error in the data set
             codes = {worker.pid or 0: worker.exitcode for worker in self._workers if worker.exitcode is not None}
             if not codes:
                 raise
             raise WorkerLost(codes) from error
+        if isinstance(item, UserError):
+            raise item
+        return item
 
     def close(self, *, kill: bool = False) -> None:
         """End the iteration and its workers; `kill` waits for none of them."""
         for worker in self._workers if kill else ():
             worker.kill()
         self._close()
+
+
+class _Carried(Dataset[Item | UserError], Generic[Item]):
+    """Items, and errors for the user as items: a loader would raise them with a worker's traceback in their text."""
+
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, index: Any) -> Item | UserError:
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            return error
 
 
 def _context() -> Any:

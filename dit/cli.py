@@ -50,7 +50,10 @@ PLAIN_VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 1 a crash)."""
+    """Run one verb; returns the exit code.
+
+    0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 5 access denied, 75 storage is away, 1 a crash.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)

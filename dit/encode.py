@@ -19,16 +19,13 @@ from data_pipelines.samples import Facts
 from data_pipelines.shard_set import complete, write_json
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.sizes import choose_size
-from data_pipelines.sources import read_source
+from data_pipelines.sources import SourceManifest, read_source
 from data_pipelines.workers import InOrder
 from dit.config import EncodeRun
 from dit.encoders.prepare import encode_samples
 from dit.runs import Encoders, make_folder
 from dit.runtime import distributed
-from dit.stream import CACHE_FILE
-
-DONE_FILE = "manifest.json"
-"""Written last: how much the cache holds."""
+from dit.stream import CACHE_FILE, DONE_FILE, preprocessing
 
 
 def main(run: EncodeRun) -> int:
@@ -40,7 +37,7 @@ def main(run: EncodeRun) -> int:
         encoders.latent_size(size, f"sizes.{index}")
     sources = [read_source(source.path, config_key=f"sources.{index}.path") for index, source in enumerate(run.sources)]
     shards = [(source, shard) for source in sources for shard in source.shards]
-    _claim(out, run, encoders)
+    _claim(out, run, encoders, sources)
     mine = [(number, *item) for number, item in enumerate(shards) if number % distributed.world_size() == distributed.rank()]
     rest = [item for item in mine if complete(out, item[0]) is None]
     is_first = distributed.rank() == 0
@@ -128,14 +125,15 @@ def _encode_shard(
     return bad
 
 
-def _claim(out: Path, run: EncodeRun, encoders: Encoders) -> None:
+def _claim(out: Path, run: EncodeRun, encoders: Encoders, sources: Sequence[SourceManifest]) -> None:
     """Write what the cache depends on, or check that the cache which exists was begun with the same."""
     claim = {
         "latents": encoders.latents.fingerprint(),
         "text": encoders.text.fingerprint(),
+        "preprocessing": preprocessing(),
         "sizes": [list(size) for size in run.sizes],
         "dtype": run.dtype,
-        "sources": [source.path for source in run.sources],
+        "sources": {source.path: manifest.hash for source, manifest in zip(run.sources, sources, strict=True)},
     }
     path = out / CACHE_FILE
     begun = json.loads(path.read_text()) if path.is_file() else None

@@ -39,7 +39,7 @@ from dit.runtime import distributed
 log = logging.getLogger(__name__)
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
-FREE_KEYS = ("data.num_workers", "data.max_bad_fraction", "data.sample_seconds", "data.worker_gib")
+FREE_KEYS = ("data.num_workers", "data.max_bad_fraction", "data.sample_seconds", "data.worker_gib", "data.cache")
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ class TrainedRun:
 
 def make_folder(path: str, key: str) -> Path:
     """Make the folder `path` of the config key `key`. Raises UserError if that is impossible."""
+    if "://" in path:
+        raise UserError(f"{key}={path}: expected a local folder; what is written there can be copied to a store afterwards, as it is")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file of that name, no permission, a full disk
@@ -167,12 +169,16 @@ def _lock(folder: Path) -> str | None:
 def _refuse_another_run(old: Section, new: Section, folder: Path) -> None:
     before, now = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    fixed = [key for key in changed if any(key == part or key.startswith(part + ".") for part in FIXED_KEYS) and key not in FREE_KEYS]
+    fixed = [key for key in changed if _is_of(key, FIXED_KEYS) and not _is_of(key, FREE_KEYS)]
     if fixed:
         lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
         raise UserError(
             f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another `out`, or delete that folder"
         )
+
+
+def _is_of(key: str, sections: tuple[str, ...]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from data_pipelines import randomness
+from data_pipelines import decode, randomness
 from data_pipelines.config import DataConfig, Size, Source
 from data_pipelines.errors import UserError
 from data_pipelines.loader import RawPack, StepStream
@@ -20,6 +19,7 @@ from data_pipelines.report import report
 from data_pipelines.samples import Facts
 from data_pipelines.sizes import expand
 from data_pipelines.sources import read_source
+from data_pipelines.storage import read_file
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
 from dit.config.objective import ObjectiveConfig
@@ -32,6 +32,8 @@ from dit.runtime import distributed
 
 CACHE_FILE = "cache.json"
 """In a folder of cached latents: fingerprints of the encoders that made them."""
+DONE_FILE = "manifest.json"
+"""Beside it, written last: how much the cache holds."""
 
 
 class Stream:
@@ -134,15 +136,37 @@ def left_out(start: Mapping[str, Any] | None) -> list[str]:
 
 def check_cache(source: Source, encoders: Encoders, key: str) -> None:
     """Raise UserError if `source` is a latent cache that other encoders made, naming the field that differs."""
-    path = Path(source.path) / CACHE_FILE
-    if not path.is_file():
+    made = _read_json(f"{source.path.rstrip('/')}/{CACHE_FILE}")
+    if made is None:
         return
-    made = json.loads(path.read_text())
-    for part, encoder in (("latents", encoders.latents), ("text", encoders.text)):
-        now = encoder.fingerprint()
-        for field in sorted(made[part].keys() | now.keys()):
-            if made[part].get(field) != now.get(field):
+    for part, now in (
+        ("latents", encoders.latents.fingerprint()),
+        ("text", encoders.text.fingerprint()),
+        ("preprocessing", preprocessing()),
+    ):
+        then = made.get(part, {})
+        for field in sorted(then.keys() | now.keys()):
+            if then.get(field) != now.get(field):
+                where = "this version of the code" if part == "preprocessing" else f"this run's encoders.{part}"
                 raise UserError(
-                    f"{key}={source.path} was encoded by another encoder: {part}.{field} is {made[part].get(field)} there "
-                    f"and {now.get(field)} in this run's encoders.{part}. Encode the source again, or use the encoders that made it"
+                    f"{key}={source.path} was encoded by another encoder: {part}.{field} is {then.get(field)} there "
+                    f"and {now.get(field)} in {where}. Encode the source again, or use the encoders that made it"
                 )
+    if _read_json(f"{source.path.rstrip('/')}/{DONE_FILE}") is None:
+        raise UserError(f"{key}={source.path} is an unfinished cache (no {DONE_FILE}); `dit encode` with the config that began it goes on")
+
+
+def preprocessing() -> dict[str, int]:
+    """What a cache depends on beside its encoders: how bytes become pixels."""
+    return {"version": decode.VERSION}
+
+
+def _read_json(address: str) -> dict[str, Any] | None:
+    """A record of a cache, local or remote; None if there is none."""
+    try:
+        record = json.loads(read_file(address))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{address} is damaged ({error}); encode the source again") from error
+    return record if isinstance(record, dict) else {}

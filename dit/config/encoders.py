@@ -45,6 +45,8 @@ class DiffusersVAEConfig(Section):
     path: str
     """Local folder (with config.json), or a hub name."""
     subfolder: str | None = None
+    posterior: Literal["mean", "sample"] = "mean"
+    """`sample`: latents are drawn from the posterior anew in every epoch, by the sample's key; a cache then holds mean and deviation."""
     dtype: DType = "float32"
 
 

@@ -52,7 +52,10 @@ class LatentCodec(Protocol):
         """Frames, height, width of the latents of a video of `size`. Raises UserError for a size that does not fit."""
 
     def encode(self, video: Tensor) -> Tensor:
-        """Encode (B, 3, T, H, W) in [-1, 1], any device, to (B, C, t, h, w) float32 on the codec's device; no randomness."""
+        """Encode (B, 3, T, H, W) in [-1, 1], any device, to (B, C, t, h, w) float32 on the codec's device; no randomness.
+
+        A codec whose latents are to be drawn from a posterior gives (B, 2C, t, h, w): its mean, then its standard deviation.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (B, C, t, h, w) to (B, 3, T, H, W) float32, clamped to [-1, 1]."""

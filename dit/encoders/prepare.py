@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data_pipelines import randomness
 from data_pipelines.errors import UserError
 from data_pipelines.loader import RawPack, RawSample
 from data_pipelines.packed import Grid, PackedLatents, pack_conditioning, patchify
@@ -43,7 +44,7 @@ def pixels_to_video(pixels: Tensor) -> Tensor:
 
 
 def encode_samples(samples: Sequence[RawSample], codec: LatentCodec) -> list[Tensor | None]:
-    """(C, T, H, W) of each sample, None for a hole. Videos of equal size are encoded together."""
+    """What the codec gives for each sample, (C or 2C, T, H, W), None for a hole. Videos of equal size are encoded together."""
     latents = [None if sample.error is not None or sample.latents is None else sample.latents.float() for sample in samples]
     by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
@@ -58,6 +59,9 @@ def encode_samples(samples: Sequence[RawSample], codec: LatentCodec) -> list[Ten
 
 
 def _tokens(sample: RawSample, latents: Tensor, grid: Grid, patch: Grid, codec: LatentCodec) -> Tensor:
+    if latents.shape[0] == 2 * codec.channels:
+        mean, deviation = latents.chunk(2)  # C T H W
+        latents = mean + deviation * randomness.normal(tuple(mean.shape), sample.key, "posterior").to(mean)
     if latents.shape[0] != codec.channels:
         raise UserError(
             f"{sample.id}: got cached latents of {latents.shape[0]} channels, expected {codec.channels} of the codec in "

@@ -57,13 +57,16 @@ class Layout:
 class DiffusersVAE(nn.Module):
     """AutoencoderKL, AutoencoderKLWan, AutoencoderKLLTXVideo or AutoencoderDC as a deterministic, normalised codec.
 
-    Encoding takes the mode of the posterior. Raises UserError if the path or the class of the model is not usable.
+    Encoding takes the mean of the posterior, or its mean and standard deviation (`posterior: sample`). Raises UserError if the path
+    or the class of the model is not usable.
     """
 
     def __init__(self, config: DiffusersVAEConfig) -> None:
         super().__init__()
         self.config = config
         self.model = frozen(_load(config))
+        if config.posterior == "sample" and type(self.model).__name__ == "AutoencoderDC":
+            raise UserError("encoders.latents.posterior: an AutoencoderDC has no posterior to draw from; take 'mean'")
         self.layout = layout = layout_of(self.model)
         self.channels, self.stride = layout.channels, layout.stride
         self.register_buffer("mean", torch.tensor(layout.mean).view(-1, 1, 1, 1))  # (C, 1, 1, 1)
@@ -77,6 +80,7 @@ class DiffusersVAE(nn.Module):
 
     def fingerprint(self) -> Fingerprint:
         facts: Fingerprint = {"mean": str(self.layout.mean), "std": str(self.layout.std), "dtype": self.config.dtype}
+        facts["posterior"] = self.config.posterior
         return {"class": type(self.model).__name__, "weights": self._hash, **facts, "version": CODE_VERSION}
 
     def latent_size(self, size: Grid) -> Grid:
@@ -87,13 +91,16 @@ class DiffusersVAE(nn.Module):
         self.latent_size((video.shape[2], video.shape[3], video.shape[4]))
         video = video.to(device_of(self.model), self.model.dtype)
         match type(self.model).__name__:
-            case "AutoencoderKL":
-                latents = _unfold(self.model.encode(_frames(video)).latent_dist.mode(), len(video))
             case "AutoencoderDC":
-                latents = _unfold(self.model.encode(_frames(video)).latent, len(video))
+                return (_unfold(self.model.encode(_frames(video)).latent, len(video)).float() - self.mean) / self.std
+            case "AutoencoderKL":
+                posterior = self.model.encode(_frames(video)).latent_dist
+                mean, deviation = _unfold(posterior.mean, len(video)), _unfold(posterior.std, len(video))
             case _:
-                latents = self.model.encode(video).latent_dist.mode()
-        return (latents.float() - self.mean) / self.std
+                posterior = self.model.encode(video).latent_dist
+                mean, deviation = posterior.mean, posterior.std
+        latents = (mean.float() - self.mean) / self.std
+        return latents if self.config.posterior == "mean" else torch.cat([latents, deviation.float() / self.std], 1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Letters: N clips, T frames, H rows, W columns, S places, D features. Videos are (N, T, H, W, 3) uint8. Knows nothing of diffusion.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch.nn import functional as F
 
 from data_pipelines import randomness
 from data_pipelines.errors import UserError
-from data_pipelines.shards import file_checksum
 from dit.config.evaluation import AttributeFeatures, ClipScoreConfig, NetworkFeatures, RandomConvFeatures
 from dit.evaluation import moving_shapes
 from dit.evaluation.pixels import as_float
@@ -211,4 +211,9 @@ def load_vision(path: str, kind: str, key: str, device: torch.device) -> tuple[A
 def weights_of(path: str) -> str:
     """Fingerprint of all files in the folder `path` that decide what a network computes."""
     files = sorted(file for pattern in _WEIGHTS_AND_SETTINGS for file in Path(path).glob(pattern))
-    return xxhash.xxh3_128_hexdigest("".join(f"{file.name}:{file_checksum(file)};" for file in files).encode())
+    return xxhash.xxh3_128_hexdigest("".join(f"{file.name}:{_checksum(file)};" for file in files).encode())
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return str(hashlib.file_digest(file, xxhash.xxh3_128).hexdigest())  # type: ignore[arg-type]

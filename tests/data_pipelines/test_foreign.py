@@ -1,8 +1,10 @@
 """Shards of others and folders of shards: whole samples only, everything left out is reported."""
 
 import io
+import random
 import shutil
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -43,6 +45,39 @@ def test_a_foreign_tar_cut_anywhere_yields_whole_samples_only(tmp_path, write_sh
         assert all(set(e.members) == fields[e.key] for e in found.entries), length
         have = sum(-(-end // 512) * 512 <= length for end in ends)
         assert len(found.entries) >= have - 1, length  # only the last whole one may be in doubt
+
+
+def test_a_flipped_bit_in_a_foreign_tar_is_noticed_or_in_content_that_nobody_vouches_for(tmp_path, write_shard):
+    """300 flips: in headers all are found; in padding they are harmless; in content only a decoder could tell before there is an index."""
+    shard = write_shard(tmp_path / "s", side=16)
+    whole, draw, found_in = shard.read_bytes(), random.Random(1), Counter()
+    foreign = tmp_path / "foreign.tar"
+    foreign.write_bytes(whole)
+    intact = index_foreign(foreign)
+    fields = {e.key: set(e.members) for e in intact.entries}
+    contents = [(e.key, m.offset, m.offset + m.length) for e in intact.entries for m in e.members.values()]
+    headers = {start - 512 for _, start, _ in contents}
+    for _ in range(300):
+        position = draw.randrange(len(whole))
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << draw.randrange(8)
+        foreign.write_bytes(damaged)
+        found = index_foreign(foreign)
+        assert all(set(e.members) == fields[e.key] for e in found.entries), position
+        assert len(found.entries) >= len(intact.entries) - 2, position
+        hit = next((key for key, start, end in contents if start <= position < end), None)
+        if hit is not None:
+            found_in["content"] += 1
+            assert [e for e in found.entries if e.key != hit] == [e for e in intact.entries if e.key != hit]
+            assert found.problems or next(e for e in found.entries if e.key == hit) not in intact.entries  # its new checksum is on record
+        elif position // 512 * 512 in headers and position % 512 != 155:  # the byte after the header's checksum means nothing
+            found_in["header"] += 1
+            assert found.problems, position
+        else:
+            found_in["padding"] += 1
+            beyond = position // 512 * 512 == -(-contents[-1][2] // 512) * 512  # a block that may have been a header
+            assert found.entries == (intact.entries[:-1] if beyond else intact.entries), position
+    assert min(found_in[where] for where in ("content", "header", "padding")) > 30, found_in
 
 
 def test_a_damaged_header_in_a_foreign_tar_does_not_end_the_shard(tmp_path, write_shard):

@@ -14,7 +14,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.foreign import index_foreign
 from data_pipelines.index import index_path, read_index
 from data_pipelines.samples import BadSample, Facts
-from data_pipelines.shards import ShardWriter, verify_shard
+from data_pipelines.shards import ShardWriter, tar_header, verify_shard
 from data_pipelines.storage import read_member, read_members
 
 IMAGE = Facts("image", 1, 8, 8, None)
@@ -69,6 +69,16 @@ def test_long_and_non_ascii_keys_survive(tmp_path):
     assert sample["png"] == PNG
     entry = read_index(index_path(str(tmp_path / "x.tar"))).entries[0]
     assert read_members(str(tmp_path / "x.tar"), entry.members) == {"png": PNG, "txt": b"c"}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.png", "a/b/0001.latents.npy", "x" * 96 + ".txt", "x" * 97 + ".txt", "d" * 90 + "/" + "k" * 60 + ".png", "ü.png"]
+)
+@pytest.mark.parametrize("size", [0, 1, 511, 20_000, 8**11 - 1, 8**11])
+def test_headers_are_those_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    assert tar_header(name, size) == info.tobuf(tarfile.PAX_FORMAT)
 
 
 @pytest.mark.parametrize("key", ["", "/abs", "a/../b", "a\\b", "a.b", "a\nb", "x" * 201])
@@ -127,7 +137,7 @@ def test_every_flipped_bit_is_noticed_and_costs_at_most_its_own_sample(tmp_path,
     index = read_index(index_path(str(shard)))
     whole = shard.read_bytes()
     draw = random.Random(0)
-    for _ in range(100):
+    for _ in range(300):
         position = draw.randrange(len(whole))
         damaged = bytearray(whole)
         damaged[position] ^= 1 << draw.randrange(8)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ import torch
 
 from data_pipelines.config import DataConfig
 from data_pipelines.deadline import deadline
+from data_pipelines.errors import UserError
 from data_pipelines.loader import StepStream
-from data_pipelines.plan import open_plan
+from data_pipelines.plan import Plan, open_plan
 from data_pipelines.samples import BadSample
 from data_pipelines.workers import InOrder, WorkerLost
 
@@ -144,6 +146,15 @@ def test_a_deadline_is_for_what_is_late_only():
     assert signal.signal(signal.SIGALRM, previous) is not previous
     with pytest.raises(KeyError), deadline(1):
         raise KeyError
+
+
+def test_an_error_for_the_user_comes_out_of_a_worker_as_it_is(shapes):
+    plan = plan_of(shapes, num_workers=1)
+    elsewhere = [replace(shard, address=f"ftp://host/{shard.name}.tar") for shard in plan.sources[0].shards]
+    plan = Plan(plan.config, [replace(plan.sources[0], shards=tuple(elsewhere))], grid_of, 0)
+    with StepStream(plan, 0, 1) as stream, pytest.raises(UserError, match=r"address 'ftp://host") as raised:
+        next(stream)
+    assert "Traceback" not in str(raised.value)
 
 
 _ENDLESS = """

@@ -11,7 +11,7 @@ from dit.config.encoders import PixelsConfig, SmallTextConfig, SmallVAEConfig
 from dit.encoders import LatentCodec, build_latent_codec, build_text_encoder, prepare
 from dit.encoders.base import Fingerprint
 from dit.encoders.pixels import PixelCodec
-from dit.encoders.prepare import pixels_to_video
+from dit.encoders.prepare import encode_samples, pixels_to_video
 
 PATCH = (1, 2, 2)
 TEXT = build_text_encoder(SmallTextConfig())
@@ -72,6 +72,28 @@ def test_what_is_cached_is_not_encoded_again() -> None:
     assert codec.batches == [1]
     assert torch.equal(unpack(packed.tokens, packed.cond, PATCH)[0], latents.float())
     assert torch.equal(packed.cond.text[:5], text.float())
+
+
+class Uncertain(CountingCodec):
+    """Pixels as the mean of a posterior of deviation 0.5."""
+
+    def encode(self, video: Tensor) -> Tensor:
+        mean = super().encode(video)
+        return torch.cat([mean, torch.full_like(mean, 0.5)], 1)
+
+
+def test_latents_are_drawn_from_a_posterior_by_the_sample_s_key_cached_or_not() -> None:
+    online = [raw(i, (1, 4, 4)) for i in range(200)]
+    cached = [replace(s, pixels=None, latents=moments) for s, moments in zip(online, encode_samples(online, Uncertain()), strict=True)]
+    mixed = prepare(pack([*cached[:100], *online[100:]], [(1, 2, 2)] * 200), Uncertain(), TEXT, PATCH)
+    assert torch.equal(mixed.tokens, prepare(pack(online, [(1, 2, 2)] * 200), Uncertain(), TEXT, PATCH).tokens)
+    mean = prepare(pack(online, [(1, 2, 2)] * 200), CountingCodec(), TEXT, PATCH).tokens
+    noise = (mixed.tokens - mean) / 0.5  # (800, 12) standard normal: 9600 draws
+    assert abs(float(noise.mean())) < 0.05
+    assert abs(float(noise.std()) - 1) < 0.05
+    again = prepare(pack([replace(cached[0], key=cached[0].key + 1), online[1]], [(1, 2, 2)] * 2), Uncertain(), TEXT, PATCH)
+    assert not torch.equal(again.tokens[:4], mixed.tokens[:4])  # the next epoch draws anew
+    assert torch.equal(again.tokens[4:], mixed.tokens[4:8])
 
 
 def test_a_hole_keeps_its_place_without_weight() -> None:

@@ -179,6 +179,30 @@ def test_it_is_frozen_and_its_fingerprint_follows_the_weights(tmp_path: Path) ->
     assert all(isinstance(value, str | int) for value in first.fingerprint().values())
 
 
+@pytest.mark.parametrize("kind", ["kl", "wan", "ltx"])
+def test_a_posterior_to_draw_from_is_its_mean_and_deviation(kind: str, tmp_path: Path) -> None:
+    build, channels, _, size = MODELS[kind]
+    mean = saved(build(), tmp_path)
+    codec = saved(mean.model, tmp_path, posterior="sample")
+    video = clip(size)
+    moments = codec.encode(video)
+    assert moments.shape[1] == 2 * channels
+    torch.testing.assert_close(moments[:, :channels], mean.encode(video))
+    frames = video.transpose(1, 2).flatten(0, 1) if kind == "kl" else video
+    with torch.no_grad():
+        raw = codec.model.encode(frames).latent_dist
+    deviation = torch.exp(0.5 * raw.logvar)
+    if kind == "kl":
+        deviation = deviation.unflatten(0, (2, size[0])).transpose(1, 2)
+    torch.testing.assert_close(moments[:, channels:] * codec.std, deviation)
+    assert codec.fingerprint() != mean.fingerprint()
+
+
+def test_a_codec_without_a_posterior_has_none_to_draw_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"encoders\.latents\.posterior"):
+        saved(dc(), tmp_path, posterior="sample")
+
+
 def test_subfolders_are_found(tmp_path: Path) -> None:
     dc().save_pretrained(tmp_path / "vae")
     codec = build_latent_codec(DiffusersVAEConfig(name="diffusers", path=str(tmp_path), subfolder="vae"))
