@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipelines.config import ExecutorConfig
+from data_pipelines.config_file import load_run
 from data_pipelines.errors import DataBudgetExceeded, UserError
+from data_pipelines.executors import Executor
 
 SHARD_SAMPLES = 1000
 _LISTED = 20  # problems printed one by one; the rest is counted
@@ -15,10 +19,12 @@ _LISTED = 20  # problems printed one by one; the rest is counted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 3 for damaged data, 5 access denied, 75 storage is away."""
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(given)
     if rest and ("overrides" not in options or any(item.startswith("-") or "=" not in item for item in rest)):
         parser.error(f"not understood: {' '.join(rest)}")
+    options.argv = (sys.executable, "-m", "data_pipelines", *given, "--executor=local", "--share=")
     options.overrides = [*getattr(options, "overrides", []), *rest]  # argparse leaves those that follow an option
     commands = {"ingest": _ingest, "shapes": _shapes, "index": _index, "check": _check, "show": _show, "stats": _stats}
     try:
@@ -55,9 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("--seed", type=int, default=0, help="of the stream of clips (default: %(default)s)")
     shapes.add_argument("--split", choices=("train", "held_out"), default="train", help="attribute combinations (default: %(default)s)")
     shapes.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="clips of a shard (default: %(default)s)")
-    shapes.add_argument("--processes", type=int, default=2, help="at most this many (default: %(default)s)")
     index = commands.add_parser("index", help="index shards of others, once, in parallel; the same command goes on")
     index.add_argument("folder", metavar="DIR", help="folder of tars without index, local or s3://")
+    for command in (ingest, shapes, index):
+        _add_executor(command)
     check = commands.add_parser("check", help="verify every checksum")
     check.add_argument("folder", metavar="DIR", help="folder of shards")
     show = commands.add_parser("show", help="draw a contact sheet, and histograms of every field")
@@ -70,8 +77,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_executor(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--executor", default="local", metavar="local|slurm-array|ray", help="where the work is done (default: local)")
+    command.add_argument("--processes", help="processes of this machine, or of each task of an array (default: one a core)")
+    command.add_argument("--tasks", help="tasks of the array, or shards that Ray works on at a time (default: 8)")
+    command.add_argument("--slurm-options", metavar="TEXT", help='options of sbatch: --slurm-options="--partition=cpu --time=1:00:00"')
+    command.add_argument("--share", metavar="I/N", help="make only the shards whose number is I modulo N; tasks of an array do so")
+
+
+def _executor(options: argparse.Namespace) -> Executor:
+    slurm = None if options.slurm_options is None else shlex.split(options.slurm_options)
+    given = {key: getattr(options, key) for key in ("processes", "tasks", "share")} | {"name": options.executor, "slurm_options": slurm}
+    flags = [f"{key}={json.dumps(value) if key == 'slurm_options' else value}" for key, value in given.items() if value is not None]
+    return Executor(load_run(ExecutorConfig, None, flags), options.argv)
+
+
 def _ingest(options: argparse.Namespace) -> None:
-    from data_pipelines.config_file import load_run
     from data_pipelines.curation.config import IngestConfig
     from data_pipelines.ingest import PLAN, RECORD, ingest
 
@@ -81,7 +102,10 @@ def _ingest(options: argparse.Namespace) -> None:
     given = {"captions": options.captions, "shard_samples": options.shard_samples, "clip_frames": options.clip_frames, "fps": options.fps}
     flags = [f"{key}={json.dumps(value)}" for key, value in (given | {"size": size}).items() if value is not None]
     config = load_run(IngestConfig, options.config, [*flags, *options.overrides])
-    report = ingest(options.source, options.out, config)
+    report = ingest(options.source, options.out, config, executor := _executor(options))
+    if report is None:
+        print(_share_done(executor))
+        return
     print(f"{report.samples} samples in {report.shards} shards in {options.out}; {len(report.skipped)} skipped")
     for reason, count in report.reasons.items():
         example = next(what for what, why in report.skipped if why == reason)
@@ -100,17 +124,26 @@ def _numbers(text: str) -> list[int]:
 def _shapes(options: argparse.Namespace) -> None:
     from data_pipelines.rendered import ShapesSet, render
 
-    render(options.out, ShapesSet(options.clips, options.seed, options.split, options.shard_samples), options.processes)
-    print(f"{options.clips} clips in {options.out}")
+    settings = ShapesSet(options.clips, options.seed, options.split, options.shard_samples)
+    whole = render(options.out, settings, executor := _executor(options))
+    print(f"{options.clips} clips in {options.out}" if whole else _share_done(executor))
 
 
 def _index(options: argparse.Namespace) -> None:
-    from data_pipelines.sources import read_source
+    from data_pipelines.sources import index_source, read_source
 
+    index_source(options.folder, executor := _executor(options), "DIR")
+    if executor.config.share is not None:
+        print(_share_done(executor))
+        return
     source = read_source(options.folder, config_key="DIR")
     for problem in source.problems:
         print(f"  note: {problem}")
     print(f"{source.samples} samples in {len(source.shards)} shards; manifest {source.hash}")
+
+
+def _share_done(executor: Executor) -> str:
+    return f"share {executor.config.share} is done; others are not"
 
 
 def _check(options: argparse.Namespace) -> None:

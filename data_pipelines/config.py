@@ -1,6 +1,6 @@
 """The knobs of the data path. Torch-free, so that a config error costs no import."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -48,6 +48,23 @@ class CacheConfig(Section):
     """Folder on a local disk; the ranks of a node share it, and so may other runs."""
     size_gb: PositiveFloat = 100.0
     """Bound in 10^9 bytes. The least recently used copy makes room; two windows of shards should fit, what does not is read remotely."""
+
+
+class ExecutorConfig(Section):
+    """Where shards are made. Every executor makes the same bytes, and goes on where another was interrupted."""
+
+    name: Literal["local", "slurm-array", "ray"] = "local"
+    """local: processes of this machine; slurm-array: an array of Slurm; ray: the cluster at RAY_ADDRESS, or one of this machine."""
+    processes: PositiveInt | None = None
+    """Processes of this machine, or of each task of an array; null: one for each core that it may use."""
+    tasks: PositiveInt = 8
+    """Tasks of an array, or shards that Ray makes at a time."""
+    gpus: Annotated[float, Field(ge=0)] = 0
+    """GPUs of each task of Ray. Slurm takes them from slurm_options."""
+    slurm_options: list[str] = []
+    """Options of sbatch, such as [--partition=gpu, --gpus=1, --time=4:00:00]."""
+    share: Annotated[str, Field(pattern=r"^\d+/[1-9]\d*$")] | None = None
+    """I/N: make only the shards whose number is I modulo N, in this process. Tasks of an array do so."""
 
 
 class DataConfig(Section):

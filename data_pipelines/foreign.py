@@ -7,10 +7,8 @@ found. A sample next to damage may lack members without any sign of it, so it is
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -18,6 +16,7 @@ from typing import IO, Any
 import xxhash
 
 from data_pipelines.errors import AccessDenied
+from data_pipelines.executors import LOCAL, Executor
 from data_pipelines.index import Entry, ShardIndex, index_path, spare_index_path, write_index
 from data_pipelines.probe import probe
 from data_pipelines.progress import Progress
@@ -164,22 +163,16 @@ def index_foreign(shard: str | Path) -> ShardIndex:
     return index
 
 
-def index_all(shards: Mapping[str, int]) -> None:
-    """Index the tars at these addresses (-> length), in parallel where it pays. What is done is kept if this is interrupted."""
-    total, processes = sum(shards.values()), min(len(os.sched_getaffinity(0)), len(shards))
-    progress, done = Progress(max(1, round(total / 1e6)), "indexing", "MB"), 0
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(processes, mp_context=context) if processes > 1 and total > _PARALLEL_BYTES else None
-    with pool or nullcontext():
-        for address in pool.map(_index_one, shards) if pool else map(_index_one, shards):
-            done += shards[address]
-            progress.advance(max(1, round(done / 1e6)) - progress.done)
+def index_all(shards: Mapping[str, int], done: Callable[[str], bool], executor: Executor = LOCAL) -> None:
+    """Index the tars at these addresses (-> length), in parallel where it pays. What is done is kept if this is interrupted.
 
-
-def _index_one(address: str) -> str:
-    index_foreign(address)
-    return address
+    done: whether a tar has an index by now. Raises WorkFailed.
+    """
+    total = sum(shards.values())
+    progress, ready = Progress(max(1, round(total / 1e6)), "indexing", "MB"), 0
+    for address in executor.run(index_foreign, list(shards), done, Path(), pays=total > _PARALLEL_BYTES):
+        ready += shards[address]
+        progress.advance(max(1, round(ready / 1e6)) - progress.done)
 
 
 @contextmanager

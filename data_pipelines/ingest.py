@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from data_pipelines import randomness
@@ -18,12 +19,13 @@ from data_pipelines.curation.candidates import Candidate
 from data_pipelines.curation.config import IngestConfig
 from data_pipelines.curation.duplicates import find_duplicates
 from data_pipelines.errors import UserError
+from data_pipelines.executors import LOCAL, Executor
 from data_pipelines.listing import EXPECTED, identity, list_source, unpacked
 from data_pipelines.progress import Progress
 from data_pipelines.raw_files import Listing, RawFile
 from data_pipelines.samples import BadSample
 from data_pipelines.shard_plan import PLAN, SAMPLES, SHARDS, ShardPlan, Skipped, write_shard
-from data_pipelines.shard_set import SETTINGS, claim, complete, write_json
+from data_pipelines.shard_set import SETTINGS, claim, complete, conclude, write_json
 from data_pipelines.storage import published
 
 RECORD = "ingest.json"
@@ -49,22 +51,28 @@ class IngestReport:
         return dict(Counter(reason for _, reason in self.skipped).most_common())
 
 
-def ingest(source: str, out: Path, config: IngestConfig) -> IngestReport:
-    """Make shards of `source` in `out`, with a record in `ingest.json`. Raises UserError if nothing in it is usable."""
+def ingest(source: str, out: Path, config: IngestConfig, executor: Executor = LOCAL) -> IngestReport | None:
+    """Make shards of `source` in `out`, with a record in `ingest.json`. Raises UserError if nothing in it is usable, and WorkFailed.
+
+    None if shards are left to other processes; whoever finds the last of them complete writes the record.
+    """
     try:
-        plan = prepare(source, out, config)
+        plan = prepare(source, out, config, executor)
     except UserError:
-        unpacked_place(source, out).unlink(missing_ok=True)
+        if executor.config.share is None:
+            unpacked_place(source, out).unlink(missing_ok=True)
         raise
-    missing = [number for number in range(plan.shards) if complete(out, number) is None]
-    progress = Progress(plan.samples, "writing", "samples")
-    progress.advance(plan.samples - sum(plan.count(number) for number in missing))
-    for number in missing:
-        write_shard(out, number)
+    own = [number for number in range(plan.shards) if executor.owns(number)]
+    missing = [number for number in own if complete(out, number) is None]
+    progress = Progress(sum(map(plan.count, own)), "writing", "samples")
+    progress.advance(sum(map(plan.count, set(own) - set(missing))))
+    for number in executor.run(partial(write_shard, out), missing, lambda number: complete(out, number) is not None, out):
         progress.advance(plan.count(number))
+    if any(complete(out, number) is None for number in range(plan.shards)):
+        return None
     unpacked_place(source, out).unlink(missing_ok=True)
     report = _report(out, plan)
-    write_json(out / RECORD, {**asdict(report), "reasons": report.reasons})
+    conclude(out, RECORD, {**asdict(report), "reasons": report.reasons})
     if not report.samples:
         raise UserError(f"SRC = {source!r}: no file of it gave a sample; the reasons are in {out / RECORD}")
     return report
@@ -79,7 +87,7 @@ def unpacked_place(source: str, out: Path) -> Path:
     return out.absolute().parent / f".{out.name}.{tag}.tar"
 
 
-def prepare(source: str, out: Path, config: IngestConfig) -> ShardPlan:
+def prepare(source: str, out: Path, config: IngestConfig, executor: Executor = LOCAL) -> ShardPlan:
     """Examine `source` and fix the samples of every shard in `out`, or find that this is done. Raises UserError."""
     if "://" not in source and not Path(source).exists():
         raise UserError(f"SRC = {source!r}: no such file or folder; {EXPECTED}")
@@ -91,6 +99,8 @@ def prepare(source: str, out: Path, config: IngestConfig) -> ShardPlan:
         if any(complete(out, number) is None for number in range(plan.shards)):
             unpacked(Path(source), spool)
         return plan
+    if executor.config.share is not None:
+        raise UserError(f"OUT = {str(out)!r} holds no plan yet; start the command without --share, which examines SRC and makes one")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     listing = list_source(source, spool)
     if not listing.files:

@@ -50,6 +50,16 @@ def complete(out: Path, number: int) -> ShardIndex | None:
     return index if shard.stat().st_size == index.length else None
 
 
+def conclude(out: Path, name: str, record: Mapping[str, Any]) -> None:
+    """Write the record of a set whose shards are all complete; what killed processes left unfinished goes.
+
+    Equal whoever writes it, so several may find the last shard complete at once.
+    """
+    write_json(out / name, record)
+    for partial in out.glob(f".{shard_name(0)[:5]}*.partial"):
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Write `record` as JSON, whole or not at all."""
     with published(path) as file:

@@ -15,10 +15,11 @@ import xxhash
 from data_pipelines import filters
 from data_pipelines.config import Source
 from data_pipelines.errors import UserError
+from data_pipelines.executors import Executor
 from data_pipelines.foreign import index_all, summarise
 from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path
 from data_pipelines.samples import Facts
-from data_pipelines.storage import folder_files
+from data_pipelines.storage import folder_files, read_file
 
 _REQUESTS = 16
 _HOW = "`python -m data_pipelines ingest SRC OUT` makes shards"
@@ -102,7 +103,7 @@ def read_source(
     facts: Counter[Facts] = Counter()
     dropped: Counter[str] = Counter()
     digest = xxhash.xxh3_128(selection.filter.text.encode() if selection.filter else b"")
-    tars, places = _tars(folder, config_key)
+    tars, places = _indexed_tars(folder, config_key)
     for (address, length), index in zip(tars.items(), _read_indexes(list(places.values())), strict=True):
         if length != index.length:
             problems.append(f"{address}: {length} bytes, {index.length} when it was indexed; samples that are cut off will be holes")
@@ -160,8 +161,32 @@ def read_skip_list(path: str) -> frozenset[str]:
     return frozenset(ids)
 
 
-def _tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, str]]:
+def index_source(folder: str, executor: Executor, config_key: str) -> None:
+    """Index the tars of a folder that have no index, or this process's share of them. Raises UserError, WorkFailed."""
+    tars, _ = _tars(folder, config_key)
+    mine = {name: size for number, (name, size) in enumerate(tars.items()) if executor.owns(number)}
+    if unknown := {name: size for name, size in mine.items() if not _has_index(name)}:
+        index_all(unknown, _has_index, executor)
+
+
+def _has_index(address: str) -> bool:
+    try:
+        return spare_index_path(address).is_file() or bool(read_file(index_path(address)))
+    except FileNotFoundError:
+        return False
+
+
+def _indexed_tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, str]]:
     """Length and index of every tar of a folder, by address in order; those without an index are indexed."""
+    tars, found = _tars(folder, config_key)
+    if unknown := {name: size for name, size in tars.items() if not (index_path(name) in found or spare_index_path(name).is_file())}:
+        index_all(unknown, _has_index)
+        found |= folder_files(folder)
+    return tars, {name: index_path(name) if index_path(name) in found else str(spare_index_path(name)) for name in tars}
+
+
+def _tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Length of every tar of a folder, by address in order; and of every file."""
     try:
         found = folder_files(folder)
     except FileNotFoundError as error:
@@ -175,11 +200,7 @@ def _tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, str]]
         packed = any(name.endswith((".tar.gz", ".tgz", ".tar.zst")) for name in found)
         hint = "compressed tars cannot be read by offset: " if packed else ""
         raise UserError(f"{config_key} = {folder!r}: no .tar shard among its {len(found)} files; {hint}{_HOW}")
-    unknown = {name: size for name, size in tars.items() if index_path(name) not in found and not spare_index_path(name).is_file()}
-    if unknown:
-        index_all(unknown)
-        found |= folder_files(folder)
-    return tars, {name: index_path(name) if index_path(name) in found else str(spare_index_path(name)) for name in tars}
+    return tars, found
 
 
 def _read_indexes(addresses: Sequence[str]) -> Iterator[ShardIndex]:

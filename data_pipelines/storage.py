@@ -4,6 +4,7 @@ The only module that knows where bytes live. Knows nothing of what they mean.
 """
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _verified(data: bytes, expected: str) -> bytes:
 @contextmanager
 def published(path: Path) -> Iterator[IO[bytes]]:
     """Write a file under a temporary name and give it its own name once it is whole and on disk; drop it on failure."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # ids of processes repeat from host to host
     try:
         with partial.open("w+b", buffering=_BUFFER) as file:
             yield file

@@ -20,7 +20,7 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 rendered clips in three shards."""
     folder = tmp_path_factory.mktemp("clips") / "clips"
-    render(folder, ShapesSet(48, 0, "train", 16), processes=1)
+    render(folder, ShapesSet(48, 0, "train", 16))
     return folder
 
 

@@ -132,7 +132,7 @@ def latents(folder: Path) -> None:
 def decoding(folder: Path) -> None:
     """The loader against the decoder in a bare loop over bytes in memory."""
     clips = 192
-    render(folder / "clips", ShapesSet(clips, 0, "train", 64), processes=1)
+    render(folder / "clips", ShapesSet(clips, 0, "train", 64))
     entries = [(tar, e) for tar in sorted((folder / "clips").glob("*.tar")) for e in read_index(index_path(str(tar))).entries]
     media = next(name for name in entries[0][1].members if name not in ("txt", "json"))
     encoded = [read_members(str(tar), {media: entry.members[media]})[media] for tar, entry in entries]

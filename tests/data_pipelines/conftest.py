@@ -26,7 +26,7 @@ def shared_data() -> Path:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """45 rendered clips in five shards."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    render(folder, ShapesSet(45, 3, "train", 10), processes=1)
+    render(folder, ShapesSet(45, 3, "train", 10))
     return folder
 
 

@@ -35,7 +35,7 @@ def write(path: Path, teacher: Path, **values: Any) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 clips: twice 40."""
     folder = tmp_path_factory.mktemp("judged") / "clips"
-    render(folder, ShapesSet(80, 5, "train", 40), processes=1)
+    render(folder, ShapesSet(80, 5, "train", 40))
     return folder
 
 

@@ -1,0 +1,298 @@
+"""Executors: the same work, item by item, in processes of this machine, in the tasks of a Slurm array, or on a Ray cluster.
+
+An item is an output file with a fixed name that appears whole or not at all. So it may be made anywhere, twice, or again after a
+kill, with the same bytes; no executor hands anything back, and what is done is seen in the folder. Torch-free.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, assert_never
+
+import xxhash
+
+from data_pipelines.config import ExecutorConfig
+from data_pipelines.errors import AccessDenied, StorageUnavailable, UserError
+from data_pipelines.extras import optional
+from data_pipelines.storage import published
+
+Item = TypeVar("Item", int, str)
+Work = Callable[[Item], object]
+
+LOGS = "slurm"
+"""Folder of the logs of an array, and of what failed in it."""
+_ENDING = (AccessDenied.exit_code, StorageUnavailable.exit_code)  # what befell one item will befall all
+_LISTED = 10
+_POLL_SECONDS = 20.0
+_SETTLE_SECONDS = 30.0  # a network file system shows new files late
+_RAY_STORE = 100 << 20  # bytes of shared memory; nothing goes through it
+
+
+class Failure(NamedTuple):
+    """Why an item was not made: the exit code that a command would have ended with, and the reason."""
+
+    item: str
+    code: int
+    reason: str
+
+
+class WorkFailed(UserError):
+    """Some items could not be made; all others were."""
+
+    def __init__(self, failures: Sequence[Failure], total: int) -> None:
+        lines = [f"  {item} (exit code {code}): {reason}" for item, code, reason in failures[:_LISTED]]
+        more = [f"  and {len(failures) - _LISTED} more"] if len(failures) > _LISTED else []
+        head = f"{len(failures)} of {total} were not made, what was made is kept; the same command tries them again:"
+        super().__init__("\n".join([head, *lines, *more]))
+        self.exit_code = failures[0].code
+
+
+class _Outcome(NamedTuple, Generic[Item]):
+    item: Item
+    failure: Failure | None
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Where work is done. argv: the command that makes all items, up to the option whose value is a share; tasks of an array repeat it."""
+
+    config: ExecutorConfig = field(default_factory=ExecutorConfig)
+    argv: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(I, N): this process is task I of N of an array."""
+        number, _, tasks = (self.config.share or "0/1").partition("/")
+        if int(number) >= int(tasks):
+            raise UserError(f"share = {self.config.share}: expected I/N with I from 0 to N - 1")
+        return int(number), int(tasks)
+
+    def owns(self, number: int) -> bool:
+        """Whether the item with this number is in the share of this process."""
+        share, tasks = self.share
+        return number % tasks == share
+
+    def run(
+        self, work: Work[Item], items: Sequence[Item], done: Callable[[Item], bool], folder: Path, *, pays: bool = True
+    ) -> Generator[Item, None, None]:
+        """Make every item by `work(item)`, in any order; yield each that is made.
+
+        done: whether an item is made, by whomever. folder: where the logs of an array lie. pays: False does local work without
+        starting processes. A failure costs its own item alone, unless it would befall all. Raises WorkFailed at the end.
+        """
+        if not items:
+            return
+        failures = []
+        outcomes = self._outcomes(work, items, done, folder.absolute() / LOGS, pays)
+        try:
+            for item, failure in outcomes:
+                if failure is None or done(item):  # made by another process meanwhile
+                    yield item
+                    continue
+                failures.append(failure)
+                if failure.code in _ENDING:
+                    break
+        finally:
+            outcomes.close()
+        if self.config.share and failures:
+            (folder / LOGS).mkdir(parents=True, exist_ok=True)
+            with published(folder / LOGS / f"failed-{self.share[0]}.json") as file:
+                file.write(json.dumps(failures).encode())
+        if failures:
+            raise WorkFailed(failures, len(items))
+
+    def _outcomes(
+        self, work: Work[Item], items: Sequence[Item], done: Callable[[Item], bool], logs: Path, pays: bool
+    ) -> Generator[_Outcome[Item], None, None]:
+        match self.config.name:
+            case "local":
+                processes = min(self.config.processes or _cores(self.config), len(items))
+                if processes == 1 or not pays:
+                    return (_Outcome(item, attempt(work, item)) for item in items)
+                return _in_processes(work, items, processes)
+            case "slurm-array":
+                return _in_array(self, items, done, logs)
+            case "ray":
+                return _on_ray(work, items, self.config)
+            case _:
+                assert_never(self.config.name)
+
+
+LOCAL = Executor()
+"""Processes of this machine."""
+
+
+def attempt(work: Work[Item], item: Item) -> Failure | None:
+    """Do the work on one item; returns why it failed."""
+    try:
+        work(item)
+    except UserError as error:
+        return Failure(str(item), error.exit_code, str(error))
+    except OSError as error:  # a full disk, a folder without permission
+        return Failure(str(item), UserError.exit_code, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return Failure(str(item), 1, f"{type(error).__name__}: {error}")
+    return None
+
+
+# --- processes of this machine ----------------------------------------------------------------------------------
+
+
+def _cores(config: ExecutorConfig) -> int:
+    """Cores of this process: those that Slurm gave to a task, one if it does not say."""
+    if config.share:
+        return int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_processes(work: Work[Item], items: Sequence[Item], processes: int) -> Generator[_Outcome[Item], None, None]:
+    """Processes that take item after item; one that is killed costs its item alone."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([(work.func if isinstance(work, partial) else work).__module__])  # a child has the imports done
+    workers: dict[Any, BaseProcess] = {}  # by the parent's end of a pipe
+    running: dict[Any, Item] = {}
+    rest = iter(items)
+    try:
+        while True:
+            for item in islice(rest, processes - len(running)):
+                pipe = next((pipe for pipe in workers if pipe not in running), None)
+                if pipe is None:
+                    pipe, end = context.Pipe()
+                    workers[pipe] = context.Process(target=_child, args=(work, end), daemon=True)
+                    workers[pipe].start()
+                    end.close()
+                pipe.send(item)
+                running[pipe] = item
+            if not running:
+                return
+            ready: list[Any] = connection.wait(list(running))
+            for pipe in ready:
+                item = running.pop(pipe)
+                try:
+                    failure = pipe.recv()
+                except (EOFError, ConnectionError):
+                    (lost := workers.pop(pipe)).join()
+                    failure = Failure(str(item), 1, f"its process ended with exit code {lost.exitcode} (a signal if negative)")
+                yield _Outcome(item, failure)
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+
+
+def _child(work: Work[Item], pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ctrl-C is for the parent
+    threading.Thread(target=_follow, args=(parent_process(),), daemon=True).start()
+    while True:
+        pipe.send(attempt(work, pipe.recv()))
+
+
+def _follow(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+# --- Slurm ------------------------------------------------------------------------------------------------------
+
+
+def _in_array(executor: Executor, items: Sequence[Item], done: Callable[[Item], bool], logs: Path) -> Generator[_Outcome[Item], None, None]:
+    """Tasks of an array, each of which repeats the command for its share; watched through the folder that they fill.
+
+    An array that is at work on the folder already is watched, not doubled: so the command may be killed and said again.
+    """
+    name = f"dit-{xxhash.xxh3_64_hexdigest(str(logs).encode())}"
+    logs.mkdir(parents=True, exist_ok=True)
+    if _states(name):
+        print("an array is at work on this folder already; watching it", flush=True)
+    else:
+        for file in logs.glob("failed-*.json"):
+            file.unlink()
+        _submit(executor, name, logs)
+    waiting, shown, pause = list(items), Counter[str](), 0.5
+    end: float | None = None
+    failures: dict[str, Failure] = {}
+    while waiting and (end is None or time.monotonic() < end):
+        time.sleep(pause)
+        pause = min(_POLL_SECONDS, 1.5 * pause)
+        states = _states(name)
+        if states and states != shown:
+            print(f"array {name}: " + ", ".join(f"{count} tasks {state.lower()}" for state, count in states.items()), flush=True)
+            shown = states
+        if not states and end is None:
+            end, pause = time.monotonic() + _SETTLE_SECONDS, 0.5
+        for file in logs.glob("failed-*.json") if not states else ():
+            failures |= {entry[0]: Failure(*entry) for entry in json.loads(file.read_text())}
+        finished = [item for item in waiting if done(item) or str(item) in failures]
+        waiting = [item for item in waiting if item not in set(finished)]
+        yield from (_Outcome(item, failures.get(str(item))) for item in finished)
+    for item in waiting:
+        yield _Outcome(item, Failure(str(item), 1, f"its task ended without a word; the logs are in {logs}"))
+
+
+def _submit(executor: Executor, name: str, logs: Path) -> None:
+    tasks = executor.config.tasks
+    script = f'#!/bin/sh\nexec {shlex.join(executor.argv)}"$SLURM_ARRAY_TASK_ID/{tasks}"\n'
+    options = [f"--job-name={name}", f"--array=0-{tasks - 1}", f"--output={logs}/%A-%a.log", *executor.config.slurm_options]
+    answer = _slurm("sbatch", "--parsable", *options, given=script)
+    print(f"submitted array job {answer.strip()} of {tasks} tasks; its logs are in {logs}, `scancel {answer.strip()}` ends it", flush=True)
+
+
+def _states(name: str) -> Counter[str]:
+    """How many tasks of the arrays of this name are in which state; none once all have ended."""
+    return Counter(_slurm("squeue", "--me", "--noheader", "--array", f"--name={name}", "--format=%T").split())
+
+
+def _slurm(*command: str, given: str = "") -> str:
+    try:
+        return subprocess.run(command, input=given, capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError as error:
+        raise UserError(f"executor slurm-array: there is no {command[0]} here; start this on a machine that submits to Slurm") from error
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"executor slurm-array: {command[0]} refused: {error.stderr.strip()}; see slurm_options") from error
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------
+
+
+def _on_ray(work: Work[Item], items: Sequence[Item], config: ExecutorConfig) -> Generator[_Outcome[Item], None, None]:
+    """Plain tasks of the cluster at RAY_ADDRESS, or of one that is started here and ends with the work.
+
+    Not Ray Data: nothing flows from task to task, and its blocks join items, so that one failure would cost several.
+    """
+    ray = optional("ray", "executor ray", extra="ray")
+    own = {"address": "local", "num_cpus": config.tasks, "object_store_memory": _RAY_STORE, "include_dashboard": False}
+    ray.init(**({} if os.environ.get("RAY_ADDRESS") else own), logging_level="WARNING")
+    try:
+        remote = ray.remote(num_cpus=1, num_gpus=config.gpus)(_attempt_in)
+        running: dict[Any, Item] = {}
+        rest = iter(items)
+        while True:
+            running |= {remote.remote(os.getcwd(), work, item): item for item in islice(rest, config.tasks - len(running))}
+            if not running:
+                return
+            (ready,), _ = ray.wait(list(running))
+            item = running.pop(ready)
+            try:
+                yield _Outcome(item, ray.get(ready))
+            except ray.exceptions.RayError as error:
+                yield _Outcome(item, Failure(str(item), 1, f"{type(error).__name__}: {error}"))
+    finally:
+        ray.shutdown()
+
+
+def _attempt_in(folder: str, work: Work[Item], item: Item) -> Failure | None:
+    os.chdir(folder)  # paths may be relative to where the command was given
+    return attempt(work, item)
