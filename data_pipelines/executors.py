@@ -91,7 +91,8 @@ class Executor:
         """Make every item by `work(item)`, in any order; yield each that is made.
 
         done: whether an item is made, by whomever. folder: where the logs of an array lie. pays: False does local work without
-        starting processes. A failure costs its own item alone, unless it would befall all. Raises WorkFailed at the end.
+        starting processes, unless their number is given. A failure costs its own item alone, unless it would befall all.
+        Raises WorkFailed at the end.
         """
         if not items:
             return
@@ -107,12 +108,17 @@ class Executor:
                     break
         finally:
             outcomes.close()
-        if self.config.share and failures:
-            (folder / LOGS).mkdir(parents=True, exist_ok=True)
-            with published(folder / LOGS / f"failed-{self.share[0]}.json") as file:
-                file.write(json.dumps(failures).encode())
         if failures:
+            self.note(folder, failures)
             raise WorkFailed(failures, len(items))
+
+    def note(self, folder: Path, failures: Sequence[Failure]) -> None:
+        """Tell the process that watches an array what failed in this share of it; nothing if this is the whole."""
+        if self.config.share is None:
+            return
+        (folder / LOGS).mkdir(parents=True, exist_ok=True)
+        with published(folder / LOGS / f"failed-{self.share[0]}.json") as file:
+            file.write(json.dumps(failures).encode())
 
     def _outcomes(
         self, work: Work[Item], items: Sequence[Item], done: Callable[[Item], bool], logs: Path, pays: bool
@@ -120,7 +126,7 @@ class Executor:
         match self.config.name:
             case "local":
                 processes = min(self.config.processes or _cores(self.config), len(items))
-                if processes == 1 or not pays:
+                if processes == 1 or not (pays or self.config.processes):
                     return (_Outcome(item, attempt(work, item)) for item in items)
                 return _in_processes(work, items, processes)
             case "slurm-array":
@@ -274,6 +280,7 @@ def _on_ray(work: Work[Item], items: Sequence[Item], config: ExecutorConfig) -> 
     """
     ray = optional("ray", "executor ray", extra="ray")
     own = {"address": "local", "num_cpus": config.tasks, "object_store_memory": _RAY_STORE, "include_dashboard": False}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     ray.init(**({} if os.environ.get("RAY_ADDRESS") else own), logging_level="WARNING")
     try:
         remote = ray.remote(num_cpus=1, num_gpus=config.gpus)(_attempt_in)

@@ -32,6 +32,7 @@ RECORD = "ingest.json"
 CLASS_CAPTION = "a photo of a {class}"
 SIDECAR, CLASS_NAME = "sidecar", "class-name"
 _EXAMINED = "examined.jsonl"
+_PARALLEL_SAMPLES = 200  # from here on starting processes pays
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def ingest(source: str, out: Path, config: IngestConfig, executor: Executor = LO
     missing = [number for number in own if complete(out, number) is None]
     progress = Progress(sum(map(plan.count, own)), "writing", "samples")
     progress.advance(sum(map(plan.count, set(own) - set(missing))))
-    for number in executor.run(partial(write_shard, out), missing, lambda number: complete(out, number) is not None, out):
+    work, pays = partial(write_shard, out), sum(map(plan.count, missing)) >= _PARALLEL_SAMPLES
+    for number in executor.run(work, missing, lambda number: complete(out, number) is not None, out, pays=pays):
         progress.advance(plan.count(number))
     if any(complete(out, number) is None for number in range(plan.shards)):
         return None

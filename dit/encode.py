@@ -2,7 +2,9 @@
 
 import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,17 +13,19 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from data_pipelines.errors import DataBudgetExceeded, UserError
-from data_pipelines.index import Entry, index_path, read_index
+from data_pipelines.executors import Executor, Failure
+from data_pipelines.index import Entry
 from data_pipelines.plan import PlannedSample
 from data_pipelines.progress import Progress
 from data_pipelines.raw import RawSample, read_sample
 from data_pipelines.samples import Facts
-from data_pipelines.shard_set import complete, write_json
+from data_pipelines.shard_set import complete, conclude, write_json
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.sizes import choose_size
 from data_pipelines.sources import SourceManifest, read_source
 from data_pipelines.workers import InOrder
 from dit.config import EncodeRun
+from dit.config.encoders import EncodersConfig
 from dit.encoders.prepare import encode_samples
 from dit.runs import Encoders, make_folder
 from dit.runtime import distributed
@@ -29,20 +33,53 @@ from dit.stream import CACHE_FILE, DONE_FILE, preprocessing
 
 
 def main(run: EncodeRun) -> int:
-    """Write one latent shard for each shard of the sources; complete ones are kept, and ranks share the rest."""
+    """Write one latent shard for each shard of the sources; complete ones are kept, and ranks and tasks share the rest.
+
+    Whoever finds the last shard complete writes the record.
+    """
     distributed.init()
     out = make_folder(run.out, "out")
-    encoders = Encoders.load(run.encoders, distributed.device())
+    executor = Executor(run.executor, (sys.executable, "-m", "dit", *sys.argv[1:], "executor.name=local", "executor.share="))
+    shards = [shard for source in _sources(run) for shard in source.shards]
+    own = [number for number in range(len(shards)) if executor.owns(number)]
+    if run.executor.name == "local":
+        try:
+            encode_shards(run, [n for i, n in enumerate(own) if i % distributed.world_size() == distributed.rank()])
+        except UserError as error:
+            executor.note(out, [Failure(str(number), error.exit_code, str(error)) for number in own if complete(out, number) is None])
+            raise
+        distributed.barrier()
+    elif distributed.world_size() > 1:
+        raise UserError(f"executor.name={run.executor.name} starts processes of its own: start it in one process, without a launcher")
+    else:
+        missing = [number for number in own if complete(out, number) is None]
+        progress = Progress(len(missing), "encoding", "shards")
+        for _ in executor.run(partial(encode_shard, run), missing, lambda number: complete(out, number) is not None, out):
+            progress.advance()
+    indexes = [complete(out, number) for number in range(len(shards))] if distributed.rank() == 0 else []
+    made = [index for index in indexes if index is not None]
+    if distributed.rank() == 0 and len(made) == len(shards):
+        summary = {"shards": len(made), "samples": sum(len(index.entries) for index in made)}
+        conclude(out, DONE_FILE, summary | {"left_out": sum(len(index.problems) for index in made)})
+    return 0
+
+
+def encode_shard(run: EncodeRun, number: int) -> None:
+    """Write the latent shard with this number. Processes that make several load the encoders once."""
+    encode_shards(run, [number])
+
+
+def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
+    """Write the latent shards with these numbers that are not complete. Raises UserError if the cache was begun otherwise."""
+    out, encoders, sources = Path(run.out), _encoders(run.encoders), _sources(run)
     for index, size in enumerate(run.sizes):
         encoders.latent_size(size, f"sizes.{index}")
-    sources = [read_source(source.path, config_key=f"sources.{index}.path") for index, source in enumerate(run.sources)]
     shards = [(source, shard) for source in sources for shard in source.shards]
     _claim(out, run, encoders, sources)
-    mine = [(number, *item) for number, item in enumerate(shards) if number % distributed.world_size() == distributed.rank()]
-    rest = [item for item in mine if complete(out, item[0]) is None]
+    rest = [(number, *shards[number]) for number in numbers if complete(out, number) is None]
     is_first = distributed.rank() == 0
-    if is_first and len(rest) < len(mine):
-        print(f"{len(mine) - len(rest)} of this process's {len(mine)} shards are complete in {out}")
+    if is_first and len(rest) < len(numbers):
+        print(f"{len(numbers) - len(rest)} of this process's {len(numbers)} shards are complete in {out}")
     plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
     progress = Progress(sum(map(len, plans)), "encoding", "samples of this process", silent=not is_first)
     samples = InOrder(_Reader(), _Readable(plans), run.num_workers if rest else 0)
@@ -58,12 +95,15 @@ def main(run: EncodeRun) -> int:
         print(f"left out {name}: {reason}")
     if bad:
         print(f"left out {len(bad)} samples in all; the index of each shard names them")
-    distributed.barrier()
-    if is_first:
-        indexes = [read_index(index_path(str(out / shard_name(number)))) for number in range(len(shards))]
-        summary = {"shards": len(indexes), "samples": sum(len(index.entries) for index in indexes)}
-        write_json(out / DONE_FILE, summary | {"left_out": sum(len(index.problems) for index in indexes)})
-    return 0
+
+
+@cache
+def _encoders(config: EncodersConfig) -> Encoders:
+    return Encoders.load(config, distributed.device())
+
+
+def _sources(run: EncodeRun) -> list[SourceManifest]:
+    return [read_source(source.path, config_key=f"sources.{index}.path") for index, source in enumerate(run.sources)]
 
 
 class _Readable(Sampler[PlannedSample]):

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from data_pipelines.config import DataConfig, Section, Size, Source
+from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
@@ -81,6 +81,8 @@ class EncodeRun(Section):
     dtype: Literal["float16", "float32"] = "float16"
     """How latents and text are stored."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    executor: ExecutorConfig = ExecutorConfig()
+    """local: this process, or the ranks of a launcher."""
 
 
 class Contestant(Section):
