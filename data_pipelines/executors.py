@@ -37,7 +37,7 @@ LOGS = "slurm"
 _ENDING = (AccessDenied.exit_code, StorageUnavailable.exit_code)  # what befell one item will befall all
 _LISTED = 10
 _POLL_SECONDS = 20.0
-_SETTLE_SECONDS = 30.0  # a network file system shows new files late
+_SETTLE_SECONDS = 15.0  # a network file system shows new files late
 _RAY_STORE = 100 << 20  # bytes of shared memory; nothing goes through it
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
@@ -21,7 +22,7 @@ from data_pipelines.raw import RawSample, read_sample
 from data_pipelines.samples import Facts
 from data_pipelines.shard_set import complete, conclude, write_json
 from data_pipelines.shards import ShardWriter, shard_name
-from data_pipelines.sizes import choose_size
+from data_pipelines.sizes import choose_size, expand
 from data_pipelines.sources import SourceManifest, read_source
 from data_pipelines.workers import InOrder
 from dit.config import EncodeRun
@@ -37,7 +38,8 @@ def main(run: EncodeRun) -> int:
 
     Whoever finds the last shard complete writes the record.
     """
-    distributed.init()
+    if run.executor.name == "local":
+        distributed.init()  # and not else: what it puts into the environment would reach the tasks
     out = make_folder(run.out, "out")
     executor = Executor(run.executor, (sys.executable, "-m", "dit", *sys.argv[1:], "executor.name=local", "executor.share="))
     shards = [shard for source in _sources(run) for shard in source.shards]
@@ -49,10 +51,12 @@ def main(run: EncodeRun) -> int:
             executor.note(out, [Failure(str(number), error.exit_code, str(error)) for number in own if complete(out, number) is None])
             raise
         distributed.barrier()
-    elif distributed.world_size() > 1:
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"executor.name={run.executor.name} starts processes of its own: start it in one process, without a launcher")
     else:
         missing = [number for number in own if complete(out, number) is None]
+        if not missing:
+            encode_shards(run, [])  # whether the cache that is complete is the one asked for
         progress = Progress(len(missing), "encoding", "shards")
         for _ in executor.run(partial(encode_shard, run), missing, lambda number: complete(out, number) is not None, out):
             progress.advance()
@@ -74,6 +78,12 @@ def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
     out, encoders, sources = Path(run.out), _encoders(run.encoders), _sources(run)
     for index, size in enumerate(run.sizes):
         encoders.latent_size(size, f"sizes.{index}")
+    if run.size_rule is not None:
+        group, *sides = encoders.latents.stride
+        by_rule = expand(run.size_rule, (1, group), (sides[0], sides[1]), "size_rule")
+        for size in by_rule:
+            encoders.latent_size(size, "size_rule")
+        run = run.model_copy(update={"sizes": sorted({*run.sizes, *by_rule})})
     shards = [(source, shard) for source in sources for shard in source.shards]
     _claim(out, run, encoders, sources)
     rest = [(number, *shards[number]) for number in numbers if complete(out, number) is None]

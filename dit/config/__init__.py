@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, Source
+from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, SizeRule, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
@@ -71,8 +71,10 @@ class DistillRun(FitRun):
 
 class EncodeRun(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
-    sizes: Annotated[list[Size], Field(min_length=1)]
+    sizes: tuple[Size, ...] = ()
     """Allowed [frames, height, width]; each sample takes the longest, then nearest in aspect."""
+    size_rule: SizeRule | None = None
+    """More allowed sizes, by rule; give its `multiple` if the backbone's patches need more than the codec."""
     encoders: EncodersConfig = EncodersConfig()
     out: str
     """Folder of the latent cache. Shards that are complete are not made again."""
@@ -83,6 +85,12 @@ class EncodeRun(Section):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     executor: ExecutorConfig = ExecutorConfig()
     """local: this process, or the ranks of a launcher."""
+
+    @model_validator(mode="after")
+    def _some_size(self) -> Self:
+        if not self.sizes and self.size_rule is None:
+            raise ValueError("no size is allowed: give sizes, size_rule, or both")
+        return self
 
 
 class Contestant(Section):

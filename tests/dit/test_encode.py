@@ -1,0 +1,73 @@
+"""`dit encode` in shares and under real schedulers: the bytes of one process, and one record at the end."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.launch.slurm import WHY_NOT, Cluster
+from tests.processes import ENVIRONMENT, Forks, python_m
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_shares_make_the_cache_of_one_process(forks: Forks, encode_config: Path, latents: Path, tmp_path: Path) -> None:
+    for share in (1, 0):
+        assert not (tmp_path / "manifest.json").exists()
+        forks.run("encode", str(encode_config), f"out={tmp_path}", f"executor.share={share}/2").ok()
+    assert contents(tmp_path) == contents(latents)
+
+
+def test_a_share_that_fails_says_why_to_its_watcher(forks: Forks, encode_config: Path, tmp_path: Path) -> None:
+    done = forks.run("encode", str(encode_config), f"out={tmp_path}", "executor.share=1/2", "sizes=[[9, 30, 30]]")
+    assert done.code == 2
+    assert "multiple of 4" in done.err
+    ((item, code, reason),) = json.loads((tmp_path / "slurm" / "failed-1.json").read_text())
+    assert (item, code) == ("1", 2)
+    assert reason.startswith("sizes.0: ")
+
+
+def test_a_rule_gives_the_sizes(forks: Forks, encode_config: Path, latents: Path, tmp_path: Path) -> None:
+    rule = "size_rule={pixels: [1024], aspects: ['1:1', '2:1'], max_frames: 9}"
+    forks.run("encode", str(encode_config), "sizes=[]", rule, f"out={tmp_path}").ok()
+    made = json.loads((tmp_path / "cache.json").read_text())
+    assert made["sizes"] == [[t, *side] for t in (1, 5, 9) for side in ([20, 44], [32, 32])]
+    shards = {name: data for name, data in contents(latents).items() if name.startswith("shard")}
+    assert {name: data for name, data in contents(tmp_path).items() if name.startswith("shard")} == shards
+    done = forks.run("encode", str(encode_config), "sizes=[]", f"out={tmp_path}/none")
+    assert done.code == 2
+    assert "give sizes, size_rule, or both" in done.err
+
+
+def test_a_complete_cache_is_compared_under_every_executor(forks: Forks, encode_config: Path, latents: Path) -> None:
+    done = forks.run("encode", str(encode_config), "executor.name=slurm-array", "dtype=float32")
+    assert done.code == 2
+    assert "dtype: float16 there, float32 here" in done.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+def test_an_array_makes_the_cache_of_one_process(
+    encode_config: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Cluster(tmp_path / "cluster") as slurm:
+        monkeypatch.setitem(ENVIRONMENT, "SLURM_CONF", slurm.environment["SLURM_CONF"])
+        out = f"out={tmp_path}/latents"
+        array = ("executor.name=slurm-array", "executor.tasks=2", "executor.slurm_options=[--cpus-per-task=1]")
+        assert "3/3 shards" in python_m("dit", "encode", str(encode_config), out, *array).ok().out
+        assert contents(tmp_path / "latents") == contents(latents)
+        refused = python_m("dit", "encode", str(encode_config), f"out={tmp_path}/bad", *array, "sizes=[[9, 30, 30]]")
+        assert refused.code == 2
+        assert "1 (exit code 2): sizes.0: " in refused.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray: pip install 'dit[ray]'")
+def test_ray_makes_the_cache_of_one_process(encode_config: Path, latents: Path, tmp_path: Path) -> None:
+    assert "RAY_ADDRESS" not in os.environ
+    python_m("dit", "encode", str(encode_config), f"out={tmp_path}", "executor.name=ray", "executor.tasks=2", "num_workers=1").ok()
+    assert contents(tmp_path) == contents(latents)
