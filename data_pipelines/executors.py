@@ -20,7 +20,7 @@ from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, assert_never
+from typing import Any, NamedTuple, TypeVar, assert_never
 
 import xxhash
 
@@ -60,9 +60,7 @@ class WorkFailed(UserError):
         self.exit_code = failures[0].code
 
 
-class _Outcome(NamedTuple, Generic[Item]):
-    item: Item
-    failure: Failure | None
+_Outcomes = Generator[tuple[Item, Failure | None], None, None]
 
 
 @dataclass(frozen=True)
@@ -120,14 +118,12 @@ class Executor:
         with published(folder / LOGS / f"failed-{self.share[0]}.json") as file:
             file.write(json.dumps(failures).encode())
 
-    def _outcomes(
-        self, work: Work[Item], items: Sequence[Item], done: Callable[[Item], bool], logs: Path, pays: bool
-    ) -> Generator[_Outcome[Item], None, None]:
+    def _outcomes(self, work: Work[Item], items: Sequence[Item], done: Callable[[Item], bool], logs: Path, pays: bool) -> _Outcomes[Item]:
         match self.config.name:
             case "local":
                 processes = min(self.config.processes or _cores(self.config), len(items))
                 if processes == 1 or not (pays or self.config.processes):
-                    return (_Outcome(item, attempt(work, item)) for item in items)
+                    return ((item, attempt(work, item)) for item in items)
                 return _in_processes(work, items, processes)
             case "slurm-array":
                 return _in_array(self, items, done, logs)
@@ -145,10 +141,8 @@ def attempt(work: Work[Item], item: Item) -> Failure | None:
     """Do the work on one item; returns why it failed."""
     try:
         work(item)
-    except UserError as error:
-        return Failure(str(item), error.exit_code, str(error))
-    except OSError as error:  # a full disk, a folder without permission
-        return Failure(str(item), UserError.exit_code, str(error))
+    except (UserError, OSError) as error:  # of the system: a full disk, a folder without permission
+        return Failure(str(item), getattr(error, "exit_code", UserError.exit_code), str(error))
     except Exception as error:
         traceback.print_exc()
         return Failure(str(item), 1, f"{type(error).__name__}: {error}")
@@ -165,7 +159,7 @@ def _cores(config: ExecutorConfig) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _in_processes(work: Work[Item], items: Sequence[Item], processes: int) -> Generator[_Outcome[Item], None, None]:
+def _in_processes(work: Work[Item], items: Sequence[Item], processes: int) -> _Outcomes[Item]:
     """Processes that take item after item; one that is killed costs its item alone."""
     context = get_context("forkserver")
     context.set_forkserver_preload([(work.func if isinstance(work, partial) else work).__module__])  # a child has the imports done
@@ -193,7 +187,7 @@ def _in_processes(work: Work[Item], items: Sequence[Item], processes: int) -> Ge
                 except (EOFError, ConnectionError):
                     (lost := workers.pop(pipe)).join()
                     failure = Failure(str(item), 1, f"its process ended with exit code {lost.exitcode} (a signal if negative)")
-                yield _Outcome(item, failure)
+                yield item, failure
     finally:
         for worker in workers.values():
             worker.terminate()
@@ -214,7 +208,7 @@ def _follow(parent: BaseProcess) -> None:
 # --- Slurm ------------------------------------------------------------------------------------------------------
 
 
-def _in_array(executor: Executor, items: Sequence[Item], done: Callable[[Item], bool], logs: Path) -> Generator[_Outcome[Item], None, None]:
+def _in_array(executor: Executor, items: Sequence[Item], done: Callable[[Item], bool], logs: Path) -> _Outcomes[Item]:
     """Tasks of an array, each of which repeats the command for its share; watched through the folder that they fill.
 
     An array that is at work on the folder already is watched, not doubled: so the command may be killed and said again.
@@ -243,9 +237,9 @@ def _in_array(executor: Executor, items: Sequence[Item], done: Callable[[Item], 
             failures |= {entry[0]: Failure(*entry) for entry in json.loads(file.read_text())}
         finished = [item for item in waiting if done(item) or str(item) in failures]
         waiting = [item for item in waiting if item not in set(finished)]
-        yield from (_Outcome(item, failures.get(str(item))) for item in finished)
+        yield from ((item, failures.get(str(item))) for item in finished)
     for item in waiting:
-        yield _Outcome(item, Failure(str(item), 1, f"its task ended without a word; the logs are in {logs}"))
+        yield item, Failure(str(item), 1, f"its task ended without a word; the logs are in {logs}")
 
 
 def _submit(executor: Executor, name: str, logs: Path) -> None:
@@ -273,7 +267,7 @@ def _slurm(*command: str, given: str = "") -> str:
 # --- Ray --------------------------------------------------------------------------------------------------------
 
 
-def _on_ray(work: Work[Item], items: Sequence[Item], config: ExecutorConfig) -> Generator[_Outcome[Item], None, None]:
+def _on_ray(work: Work[Item], items: Sequence[Item], config: ExecutorConfig) -> _Outcomes[Item]:
     """Plain tasks of the cluster at RAY_ADDRESS, or of one that is started here and ends with the work.
 
     Not Ray Data: nothing flows from task to task, and its blocks join items, so that one failure would cost several.
@@ -293,9 +287,9 @@ def _on_ray(work: Work[Item], items: Sequence[Item], config: ExecutorConfig) -> 
             (ready,), _ = ray.wait(list(running))
             item = running.pop(ready)
             try:
-                yield _Outcome(item, ray.get(ready))
+                yield item, ray.get(ready)
             except ray.exceptions.RayError as error:
-                yield _Outcome(item, Failure(str(item), 1, f"{type(error).__name__}: {error}"))
+                yield item, Failure(str(item), 1, f"{type(error).__name__}: {error}")
     finally:
         ray.shutdown()
 
