@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -41,10 +42,10 @@ class ShardIndex:
     entries: tuple[Entry, ...]
     problems: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """xxh3_128 (hex) of the content of the index: equal digests mean equal samples in equal places."""
-        return _digest(_body(self))
+        return _digest(_body(self).encode())
 
 
 def index_path(shard: str) -> str:
@@ -60,8 +61,8 @@ def spare_index_path(shard: str) -> Path:
 
 def write_index(address: str | Path, index: ShardIndex) -> None:
     """Write the index to a local path or an object, whole or not at all. Raises OSError, AccessDenied, StorageUnavailable."""
-    body = _body(index)
-    write_file(str(address), f'{{"digest": "{_digest(body)}",\n{body}}}\n'.encode())
+    body = _body(index).encode()
+    write_file(str(address), b"%b%b}\n" % (_head(body), body))
 
 
 def read_index(address: str) -> ShardIndex:
@@ -85,13 +86,20 @@ def parse_index(data: bytes, address: str) -> ShardIndex:
         )
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{address}: not a whole shard index ({type(error).__name__}: {error}); {mend}") from error
-    if index.digest != record.get("digest"):
+    body = data[len(_head(b"")) : -2]
+    if data != b"%b%b}\n" % (_head(body), body):
         raise UserError(f"{address}: the index is damaged (its digest does not match its content); {mend}")
+    vars(index)["digest"] = _digest(body)  # to write the body anew costs as much as to parse it
     return index
 
 
-def _digest(body: str) -> str:
-    return xxhash.xxh3_128_hexdigest(body.encode())
+def _digest(body: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(body)
+
+
+def _head(body: bytes) -> bytes:
+    """What stands before the body in the file."""
+    return f'{{"digest": "{_digest(body)}",\n'.encode()
 
 
 def _body(index: ShardIndex) -> str:
