@@ -3,11 +3,13 @@
 JSON, one sample a line, with a checksum of its own. Knows nothing of how shards are written or decoded.
 """
 
+import gc
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -19,6 +21,7 @@ from data_pipelines.storage import Member, read_file, write_file
 
 SCHEMA = 1
 SUFFIX = ".index.json"
+_KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class ShardIndex:
     def digest(self) -> str:
         """xxh3_128 (hex) of the content of the index: equal digests mean equal samples in equal places."""
         return _digest(_body(self).encode())
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Pause the collector of cycles: of many entries, which are in none, it would go through all again and again, for half of the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def index_path(shard: str) -> str:
@@ -123,13 +138,16 @@ def _record(entry: Entry) -> dict[str, Any]:
     }
 
 
+_facts = lru_cache(maxsize=4096)(Facts)  # of which a shard has few
+
+
 def _entry(record: dict[str, Any]) -> Entry:
-    if record["kind"] not in get_args(Kind):
-        raise TypeError(f"kind {record['kind']!r} is none of {get_args(Kind)}")
+    if record["kind"] not in _KINDS:
+        raise TypeError(f"kind {record['kind']!r} is none of {_KINDS}")
     return Entry(
         key=record["key"],
         members={name: Member(*place) for name, place in record["members"].items()},
-        facts=Facts(record["kind"], record["frames"], record["height"], record["width"], record["fps"]),
+        facts=_facts(record["kind"], record["frames"], record["height"], record["width"], record["fps"]),
         caption_length=record["caption_length"],
         meta=record["meta"],
     )
