@@ -53,7 +53,7 @@ class ShardIndex:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Pause the collector of cycles: of many entries, which are in none, it would go through all again and again, for half of the time."""
+    """Pause the collector of cycles: it would go through all entries, which are in none, again and again, for half of the time."""
     running = gc.isenabled()
     gc.disable()
     try:

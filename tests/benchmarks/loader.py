@@ -31,7 +31,7 @@ from data_pipelines.samples import Facts
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.storage import read_members
 
-ROUNDS = 7
+ROUNDS = 5
 SHARDS, SAMPLES = 16, 32
 LATENTS, TEXT = (16, 9, 32, 32), (64, 2048)
 
