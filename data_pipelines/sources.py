@@ -17,7 +17,7 @@ from data_pipelines.config import Source
 from data_pipelines.errors import UserError
 from data_pipelines.executors import Executor
 from data_pipelines.foreign import index_all, summarise
-from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path
+from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path, uncollected
 from data_pipelines.samples import Facts
 from data_pipelines.storage import folder_files, read_file
 
@@ -87,6 +87,7 @@ class SourceManifest:
         return index
 
 
+@uncollected()
 def read_source(
     folder: str,
     name: str = "",
