@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -148,6 +148,40 @@ class ProductMixture:
             below = self._cdf(middle, t) < u
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class TokenMixture:
+    """Samples of D tokens of one channel each, jointly a mixture: means (K, D), one standard deviation (K,) and weight (K,) of each.
+
+    As a denoiser it takes a level of each token, so it draws p(unknown | known) exactly where it is told the known tokens.
+    """
+
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+    path: Path = RECTIFIED_FLOW
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        count = self.means.shape[1]
+        c = Coefficients(*(cond.per_token(part.to(x_t)).view(-1, 1, count) for part in self.path.at(t)))  # (n, 1, D)
+        means, variances = self.means.to(x_t), self.stds.to(x_t).square()[:, None]  # (K, D), (K, 1)
+        total, offset = c.a.square() * variances + c.b.square(), x_t.view(-1, 1, count) - c.a * means  # (n, K, D)
+        share = (self.weights.to(x_t).log() - (offset.square() / total + total.log()).sum(-1) / 2).softmax(1)[..., None]
+        latents, noise = means + c.a * variances * offset / total, c.b * offset / total
+        return (c.da * (share * latents).sum(1, keepdim=True) + c.db * (share * noise).sum(1, keepdim=True)).view(-1, 1)
+
+    def given(self, known: Tensor) -> "TokenMixture":
+        """The mixture of the last tokens given that the first ones are `known` (D1,): p(unknown | known)."""
+        offset = (known - self.means[:, : len(known)]) / self.stds[:, None]
+        weights = (self.weights.log() - offset.square().sum(1) / 2 - len(known) * self.stds.log()).softmax(0)
+        return TokenMixture(self.means[:, len(known) :], self.stds, weights, self.path)
+
+    def quantiles(self, count: int) -> Tensor:
+        """The quantiles (i + 1/2) / count of the one token of this mixture, (count,) float64."""
+        u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        parts = replace(ProductMixture.standard(dimensions=1), means=self.means.T.double(), stds=self.stds[None].double(), path=self.path)
+        return replace(parts, weights=self.weights[None].double())._quantile(u[:, None], 0.0)[:, 0]
 
 
 def points(count: int, text_width: int = 4) -> Conditioning:
