@@ -14,7 +14,7 @@ class Replacement(Section):
     name: Literal["replacement"] = "replacement"
     repeats: PositiveInt = 10
     """How often each stretch of steps is gone; 1 is fast, and the unknown part hardly heeds the known one."""
-    jump: PositiveInt = 1
+    jump: PositiveInt = 4
     """Steps of a stretch."""
 
 
