@@ -39,12 +39,13 @@ class Edit:
     def tokens(self, encoders: Encoders, patch: Grid, count: int) -> Known:
         """Latent tokens of the videos for a pack of `count` samples. A token is known if all pixels that it stands for are.
 
-        Raises UserError where something is known, but no token, or every one.
+        Raises UserError where an edit that keeps what is known has no known token, or no other.
         """
         given = _filled(self.videos, self.known).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # (B, 3, T, H, W)
         latents = encoders.latents.encode(given)
         mask = _tokens_known(self.known, encoders.latents.stride, patch).to(latents.device)
-        if bool(self.known.any()) and (not bool(mask.any()) or bool(mask.all())):
+        keeps = not isinstance(self.config, SDEdit | Invert)
+        if keeps and (not bool(mask.any()) or bool(mask.all())):
             frames, height, width = (a * b for a, b in zip(encoders.latents.stride, patch, strict=True))
             raise UserError(
                 f"edit: {'every' if bool(mask.all()) else 'no'} token is known; one is if all its pixels are: {frames} frames of {height} "
@@ -52,7 +53,7 @@ class Edit:
             )
         tokens = torch.cat([patchify(video, patch) for video in latents.expand(count, -1, -1, -1, -1)])  # (L, P)
         mask = mask.repeat(count)
-        return Known(tokens * mask[:, None] if bool(mask.any()) else tokens, mask)
+        return Known(tokens * mask[:, None] if keeps else tokens, mask)
 
     @property
     def is_told(self) -> bool:

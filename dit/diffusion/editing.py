@@ -19,6 +19,9 @@ from dit.diffusion.paths import Path, on_tokens
 from dit.diffusion.samplers import euler, follow, heun, rk4
 from dit.diffusion.walk import ends_of
 
+_ROUNDS = 3
+"""Of the fixed point of inversion's first step. Its slope I - a E'(x) lies in [0, 1], near 0 along the data: few are enough."""
+
 
 @dataclass(frozen=True)
 class Known:
@@ -113,10 +116,12 @@ def invert(
 ) -> Tensor:
     """Follow the flow from `latents` (L, P) up the falling `times` to times[0]: the x that leads back to them, to the solver's order.
 
-    Networks are not asked at t = 0: the first step is one of DDIM with the noise seen at its end, so rk4 is of second order in it.
+    Networks are not asked at t = 0, so the first step solves x = a latents + b noise(x) at its end, which is the step of DDIM undone;
+    with it rk4 is of second order.
     """
     rising = times.flip(0)
     t = rising[1:2].expand(len(cond.grids))
     x = path.interpolate(latents, torch.zeros_like(latents), t, cond)
-    x = path.interpolate(latents, ends_of(denoiser, path, x, t, cond)[1], t, cond)
+    for _ in range(_ROUNDS):
+        x = path.interpolate(latents, ends_of(denoiser, path, x, t, cond)[1], t, cond)
     return {"euler": euler, "heun": heun, "rk4": rk4}[solver](denoiser, x, rising[1:], cond)
