@@ -125,10 +125,8 @@ def test_known_latents_come_back_bit_for_bit_from_every_sampler(sampler: str, re
     assert drawn.isfinite().all()
     late = states[-1][known.mask].abs().max()
     assert late < 0.2  # near the data the network sees them nearly clean
-    alone = complete(
-        mixture(), Known(known.latents[2:4], known.mask[2:4]), pack_conditioning([(2, 1, 1)], [torch.zeros(1, 4)]), [1], levels(sampling, 1.0),
-        sampling, RECTIFIED_FLOW, repeats,
-    )  # fmt: skip
+    one, cond = Known(known.latents[2:4], known.mask[2:4]), pack_conditioning([(2, 1, 1)], [torch.zeros(1, 4)])
+    alone = complete(mixture(), one, cond, [1], levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats)
     assert torch.allclose(alone, drawn[2:4], atol=1e-5)
 
 
@@ -151,7 +149,10 @@ def test_guidance_of_a_told_network_guides_only_what_is_unknown() -> None:
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1.0), ("heun", 2.0), ("rk4", 2.0)])
 def test_inversion_returns_the_noise_within_the_solvers_order(solver: str, order: float) -> None:
-    truth, noise = ProductMixture.standard(dimensions=2), torch.randn(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    truth, noise = (
+        ProductMixture.standard(dimensions=2),
+        torch.randn(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    )
     cond = pack_conditioning([(1, 300, 1)], [torch.zeros(1, 4)])
     latents = truth.flow_map(noise, 1.0, 0.0)
     errors = []
@@ -163,7 +164,9 @@ def test_inversion_returns_the_noise_within_the_solvers_order(solver: str, order
     assert errors[-1] < 0.05
 
 
-@pytest.mark.parametrize("config", [RectifiedFlowPath(), VPPath(name="vp"), EDMPath(name="edm", sigma_max=20.0)], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "config", [RectifiedFlowPath(), VPPath(name="vp"), EDMPath(name="edm", sigma_max=20.0)], ids=lambda path: path.name
+)
 def test_inverted_and_sampled_again_latents_are_as_they_were(config: PathConfig) -> None:
     path = build_path(config)
     truth, cond = ProductMixture.standard(path, 2), pack_conditioning([(1, 300, 1)], [torch.zeros(1, 4)])
