@@ -27,12 +27,6 @@ KNOWN = Known(torch.tensor([VALUE, 0.0], dtype=torch.float64).repeat(PAIRS)[:, N
 """The first token of each pair."""
 
 
-def mixture(path: Path = RECTIFIED_FLOW) -> TokenMixture:
-    """Two tokens that tell much of one another: given 0.9, the second is near 1.5 (41 %), -1.2 or -0.9; its mean alone is -0.3."""
-    means = torch.tensor([[1.0, 1.5], [-0.2, -1.2], [0.8, -0.9]], dtype=torch.float64)
-    return TokenMixture(means, torch.tensor([0.5, 0.6, 0.4], dtype=torch.float64), torch.tensor([0.3, 0.4, 0.3], dtype=torch.float64), path)
-
-
 def overlapping() -> TokenMixture:
     """Two tokens whose conditional has one broad mode."""
     means = torch.tensor([[0.7, 0.7], [-0.7, -0.7]], dtype=torch.float64)
@@ -74,7 +68,7 @@ PATHS: list[tuple[PathConfig, dict[str, object]]] = [
 @pytest.mark.parametrize(("config", "sampling"), PATHS, ids=lambda value: value["sampler"] if isinstance(value, dict) else value.name)
 def test_told_clean_tokens_the_exact_denoiser_draws_the_conditional(config: PathConfig, sampling: dict[str, object]) -> None:
     path = build_path(config)
-    truth = mixture(path)
+    truth = TokenMixture.standard(path)
 
     def network(x: Tensor, label: Tensor, cond: object) -> Tensor:  # sees what a network sees: scaled tokens and labels
         assert len(label) == 2
@@ -97,7 +91,7 @@ def test_told_clean_tokens_the_exact_denoiser_draws_the_conditional(config: Path
 
 
 def test_replacement_is_biased_and_resampling_lessens_it() -> None:
-    sampling, truth = SamplingConfig(sampler="ancestral", steps=40), mixture()
+    sampling, truth = SamplingConfig(sampler="ancestral", steps=40), TokenMixture.standard()
     once, often = (distance(completed(truth, sampling, RECTIFIED_FLOW, repeats, 4, 0.3), truth) for repeats in (1, 12))
     assert once > 7 * floor(truth)  # the negative control
     assert often < once / 2
@@ -118,7 +112,7 @@ def test_known_latents_come_back_bit_for_bit_from_every_sampler(sampler: str, re
 
     def seen(x: Tensor, t: Tensor, cond: object) -> Tensor:
         states.append(x - (1 - t.float()).repeat_interleave(2)[:, None] * known.latents)  # the noise of the known tokens
-        return mixture()(x, t, cond)  # type: ignore[arg-type]
+        return TokenMixture.standard()(x, t, cond)  # type: ignore[arg-type]
 
     drawn = complete(seen, known, cond, range(4), levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats)
     assert torch.equal(drawn[known.mask], known.latents[known.mask])
@@ -126,7 +120,7 @@ def test_known_latents_come_back_bit_for_bit_from_every_sampler(sampler: str, re
     late = states[-1][known.mask].abs().max()
     assert late < 0.2  # near the data the network sees them nearly clean
     one, cond = Known(known.latents[2:4], known.mask[2:4]), pack_conditioning([(2, 1, 1)], [torch.zeros(1, 4)])
-    alone = complete(mixture(), one, cond, [1], levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats)
+    alone = complete(TokenMixture.standard(), one, cond, [1], levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats)
     assert torch.allclose(alone, drawn[2:4], atol=1e-5)
 
 
