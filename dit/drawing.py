@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.packed import check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from dit.config import TrainRun
+from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
@@ -19,12 +21,19 @@ from dit.diffusion import (
     Denoiser,
     Extrapolation,
     Path,
+    Told,
     Within,
     build_denoiser,
+    complete,
+    follow,
+    invert,
+    levels,
     path_of,
     sample,
     shift_of,
+    vary,
 )
+from dit.editing import Edit
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, null_label
 
@@ -39,8 +48,9 @@ def draw(
     size: tuple[int, int, int],
     sampling: SamplingConfig,
     keys: Sequence[int],
+    edit: Edit | None = None,
 ) -> Tensor:
-    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each."""
+    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each. edit: what to start from."""
     patch = base.backbone.patch_size
     grid = check_patch(encoders.latent_size(size, "size"), patch)
     device = encoders.null_text.device
@@ -48,13 +58,33 @@ def draw(
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
     student = sampling.sampler == "consistency"
     path = RECTIFIED_FLOW if student else path_of(base.objective, denoiser)  # students live on rectified flow
-    guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
-    channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
     k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
     trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
-    tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
+    if edit is None:
+        guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
+        channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
+        tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
+    else:
+        given = edit.tokens(encoders, patch, len(prompts))
+        network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
+        plain = build_denoiser(base.objective, network, path if student else None)
+        guided = guide(plain, encoders, base, sampling.guidance, path)
+        times = levels(sampling, k, path, trained).to(device)
+        match edit.config:
+            case SDEdit(strength=strength):
+                tokens = vary(guided, given.latents, cond, keys, times, sampling, path, strength)
+            case Invert(caption=caption, solver=solver):
+                shown = cond.with_text(encoders.text.encode([caption] * len(prompts)), classes)
+                start = invert(plain, given.latents, shown, times, solver, path)
+                tokens = follow(guided, start, times, cond, keys, sampling, path)
+            case Inpaint() | Outpaint() | Frames() | Extend():
+                repeats, jump = edit.resampling
+                tokens = complete(guided, given, cond, keys, times, sampling, path, repeats, jump)
+            case _:
+                assert_never(edit.config)
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
-    return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    drawn = ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    return drawn if edit is None else edit.paste(drawn)
 
 
 def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:

@@ -1,6 +1,7 @@
 """`dit sample`: prompts to images or videos, with the weights and the sampler of one or more runs."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from data_pipelines.progress import track
 from data_pipelines.video import write_mp4
 from dit.config import Contestant, SampleRun
+from dit.config.editing import Extend
 from dit.drawing import check_request, draw, sample_keys
+from dit.editing import Edit, check_edit, extend, read_edit
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, make_folder
 from dit.runtime import distributed
@@ -20,10 +23,14 @@ FPS = 8.0
 
 def main(run: SampleRun) -> int:
     """Draw every prompt with every contestant; write one file each, a contact sheet and (for videos) a grid that plays."""
+    if run.edit is not None:
+        for index, contestant in enumerate(run.contestants):
+            trained = TrainedRun.open(contestant.run, f"contestants.{index}.run")
+            check_edit(run.edit, trained, trained.sampling_for(contestant), f"contestants.{index}")
     folder = make_folder(run.out, "out")
     drawn = [_draw(run, contestant, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
     for name, videos in drawn:
-        _write_files(videos, folder / name.replace(" ", "_"))
+        _write_files(videos, folder / name.replace(" ", "_"), exact=run.edit is not None)
     names = [f"{name}: {prompt}" if len(drawn) > 1 else prompt for prompt in run.prompts for name, _ in drawn]
     beside = torch.stack([videos for _, videos in drawn], dim=1).flatten(0, 1)  # (prompts * contestants, T, H, W, 3)
     contact_sheet(beside, names, folder / "contact_sheet.png", frames=6 if len(drawn) > 1 else 5)
@@ -43,25 +50,35 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
     device = distributed.device()
     encoders = Encoders.load(trained.base.encoders, device)
     check_request(encoders, trained.base, run.prompts, run.labels, run.size, "")
+    edit = None if run.edit is None else read_edit(run.edit, run.size, encoders)
+    if edit is not None and not isinstance(run.edit, Extend):
+        edit.tokens(encoders, trained.base.backbone.patch_size, 1)  # says what does not fit before the network is there
     backbone = trained.backbone(encoders, contestant.step, run.weights, device)
     sampling = trained.sampling_for(contestant)
     print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}")
     keys = sample_keys(run.seed, len(run.prompts))
     parts = [slice(first, first + run.batch_size) for first in range(0, len(run.prompts), run.batch_size)]
-    labels = run.labels
+
+    def window(part: slice, edit: Edit | None, keys: list[int]) -> Tensor:
+        labels = run.labels and run.labels[part]
+        return draw(backbone, encoders, trained.base, run.prompts[part], labels, run.size, sampling, keys, edit)
+
     videos = [
-        draw(backbone, encoders, trained.base, run.prompts[p], labels and labels[p], run.size, sampling, keys[p])
+        extend(partial(window, p), edit, keys[p]) if edit and isinstance(run.edit, Extend) else window(p, edit, keys[p])
         for p in track(parts, f"sampling {trained.path.name}")
     ]
     return f"{trained.path.name} {sampling.steps} steps", torch.cat(videos)
 
 
-def _write_files(videos: Tensor, folder: Path) -> None:
+def _write_files(videos: Tensor, folder: Path, exact: bool) -> None:
+    """exact: also as videos that keep every bit, as edits promise for what was given."""
     folder.mkdir(parents=True, exist_ok=True)
     enlarge = max(1, 256 // videos.shape[3])  # small clips are enlarged: chroma subsampling would blur them
     for index, video in enumerate(videos):
         if len(video) > 1:
             large = video.numpy().repeat(enlarge, axis=1).repeat(enlarge, axis=2)
             write_mp4(folder / f"{index:04d}.mp4", large, FPS, lossless=False)
+            if exact:
+                write_mp4(folder / f"{index:04d}.lossless.mp4", video.numpy(), FPS, lossless=True)
         else:
             Image.fromarray(video[0].numpy()).save(folder / f"{index:04d}.png")

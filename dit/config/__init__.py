@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, SizeRule, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
+from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
 from dit.config.evaluation import AdherenceConfig, Metric, ShapesClips, StoredClips
@@ -117,6 +118,8 @@ class SampleRun(Section):
     """Folder for the pictures."""
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 16
+    edit: EditConfig | None = None
+    """Start from a picture or a video; None starts from noise alone."""
 
 
 class EvaluateRun(Section):

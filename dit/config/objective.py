@@ -122,6 +122,21 @@ _OtherWeighting = EDMWeighting | P2Weighting | SigmoidWeighting | LogitNormalWei
 WeightingConfig = Annotated[ConstantWeighting | _SNRWeighting | _OtherWeighting, Field(discriminator="name")]
 
 
+class CleanTokens(Section):
+    """Samples that keep a part of their tokens clean, at t = 0, so that edits can tell the network what is known."""
+
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the samples."""
+    patterns: Annotated[tuple[Literal["beginning", "end", "ends", "inside", "outside"], ...], Field(min_length=1)] = (
+        "beginning",
+        "end",
+        "ends",
+        "inside",
+        "outside",
+    )
+    """What is clean: some of the first frames, some of the last, the first and the last, the inside or the outside of a box."""
+
+
 class _Conditional(Section):
     condition_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Fraction of samples trained without text and label, for classifier-free guidance."""
@@ -134,6 +149,8 @@ class _Continuous(_Conditional):
     huber: NonNegativeFloat = 0.0
     """Constant c of the pseudo-Huber distance sqrt(error^2 + c^2) - c per dimension; 0 is squared error."""
     times: TimesConfig = LogitNormalTimes()
+    clean_tokens: CleanTokens | None = None
+    """Train for edits with `known_by: {name: trained_masks}`; the loss is on the noised tokens only."""
     stratified: bool = False
     """Draw the times of a pack one from each of as many equal parts of the distribution, for a loss of less variance."""
     shift: ShiftConfig | None = None

@@ -8,15 +8,17 @@ from typing import assert_never
 from torch import Tensor
 
 from dit.config.objective import DDPMConfig, DiffusionConfig, ObjectiveConfig, RectifiedFlowConfig, VariationalConfig
+from dit.diffusion.clean_tokens import Told
 from dit.diffusion.ddpm import DDPM
 from dit.diffusion.denoiser import Denoiser, OnPath, Predicting
+from dit.diffusion.editing import Known, complete, invert, vary
 from dit.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Extrapolation, Within
 from dit.diffusion.held_out import held_out_loss
 from dit.diffusion.learned_schedule import VariationalDiffusion, equip, schedule_of
 from dit.diffusion.multistep import dpmpp_2m, unipc
 from dit.diffusion.objectives import Objective, Regression
 from dit.diffusion.paths import Path, RectifiedFlow, build_path
-from dit.diffusion.samplers import ancestral, consistency, ddim, euler, euler_maruyama, heun, rk4, sample
+from dit.diffusion.samplers import ancestral, consistency, ddim, euler, euler_maruyama, follow, heun, levels, rk4, sample
 from dit.diffusion.times import RECTIFIED_FLOW, schedule, shift_of
 
 
@@ -55,28 +57,35 @@ __all__ = [
     "ClassifierGuidance",
     "Denoiser",
     "Extrapolation",
+    "Known",
     "Objective",
     "OnPath",
     "Path",
     "Predicting",
     "Regression",
+    "Told",
     "Within",
     "ancestral",
     "build_denoiser",
     "build_objective",
     "build_path",
+    "complete",
     "consistency",
     "ddim",
     "dpmpp_2m",
     "equip",
     "euler",
     "euler_maruyama",
+    "follow",
     "held_out_loss",
     "heun",
+    "invert",
+    "levels",
     "path_of",
     "rk4",
     "sample",
     "schedule",
     "shift_of",
     "unipc",
+    "vary",
 ]

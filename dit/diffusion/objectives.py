@@ -12,6 +12,7 @@ from data_pipelines import randomness
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.objective import DiffusionConfig, RectifiedFlowConfig
 from dit.diffusion import times
+from dit.diffusion.clean_tokens import beside_clean, draw_clean
 from dit.diffusion.denoiser import Denoiser, ask
 from dit.diffusion.draws import noise_tokens
 from dit.diffusion.paths import Path, build_path
@@ -39,14 +40,20 @@ class Regression:
         self.null_label = null_label
 
     def __call__(self, denoiser: Denoiser, batch: PackedLatents, progress: float) -> Losses:
-        """Loss of each sample, zero for holes. denoiser: the raw network, one call of it."""
+        """Loss of each sample, zero for holes, and the t of its noised tokens. denoiser: the raw network, one call of it."""
         config = self.config
         levels = times.draw(config.times, config.shift, batch.keys, batch.cond.lengths, self.path, config.stratified)
         x_t, noise, t = noised(batch, levels, self.path)
         cond = drop_conditions(batch.cond, batch.keys, config.condition_dropout, self.null_text, self.null_label)
-        answer = ask(denoiser, self.path, x_t, t, cond)
+        clean = draw_clean(config.clean_tokens, batch.keys, batch.cond.grids)
+        told = (x_t, t, cond) if clean is None else beside_clean(x_t, t, cond, clean.to(x_t.device), batch.tokens, t.new_zeros(1))
+        answer = ask(denoiser, self.path, *told)
         target = self.path.target(config.prediction, batch.tokens, noise, t, batch.cond)
-        error = batch.cond.per_sample((answer.float() - target.float()).square())  # (n,), in float32 whatever the network computes in
+        squared = (answer.float() - target.float()).square()  # (L, P), in float32 whatever the network computes in
+        error = batch.cond.per_sample(squared)  # (n,)
+        if clean is not None:  # the mean over the noised tokens
+            there = (~clean).to(squared)[:, None]
+            error = batch.cond.per_sample(squared * there) / batch.cond.per_sample(there)
         space, weight = weight_of(config.weighting, config.prediction, self.path, t)
         error = error * self.path.conversion(config.prediction, space, t)[1].square().to(error)
         return Losses(weight.to(error) * distance(error, config.huber) * batch.weights, t)

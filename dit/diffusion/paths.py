@@ -20,6 +20,8 @@ Quantity = Literal["latents", "noise", "v", "velocity", "score", "edm"]
 score = -noise / b, the gradient of log p(x_t | latents). edm = the raw network of Karras et al. 2022, eq. 7."""
 
 _SINGULAR = 1e-10
+_LEAST_SIGMA = 1e-4
+"""EDM's label ln(sigma) / 4 is -infinity for clean tokens; below this all are told alike."""
 
 
 class Coefficients(NamedTuple):
@@ -174,7 +176,7 @@ class EDM(Path):
         return (self.at(t).b.square() + self.sigma_data**2).rsqrt()
 
     def label(self, t: Tensor) -> Tensor:
-        return (self.at(t).b.log() / 4).to(t)
+        return (self.at(t).b.clamp(min=_LEAST_SIGMA).log() / 4).to(t)
 
 
 @dataclass(frozen=True)

@@ -200,13 +200,29 @@ def sample(
 ) -> Tensor:
     """Draw latents tokens (L, token_channels) for `cond`, on its device; each sample depends on its own key only.
 
-    denoiser: of `path`, guided already, where `sampling.guidance` asks for it. default_shift: the shift k where `sampling` has none.
-    trained: the times of its training, for `schedule: trained`.
+    denoiser: of `path`, guided already, where `sampling.guidance` asks for it. default_shift, trained: as for `levels`.
     """
     noise = noise_tokens(keys, cond.lengths, token_channels, "start noise").to(cond.text.device)
-    k = default_shift if sampling.shift is None else sampling.shift
-    times = schedule(sampling.steps, k, sampling.schedule, path, trained).to(noise.device)
-    x = noise * path.at(times[0]).b.to(noise)
+    times = levels(sampling, default_shift, path, trained).to(noise.device)
+    return follow(denoiser, noise * path.at(times[0]).b.to(noise), times, cond, keys, sampling, path, on_step)
+
+
+def levels(sampling: SamplingConfig, default_shift: float, path: Path = RECTIFIED_FLOW, trained: TimesConfig | None = None) -> Tensor:
+    """The levels (steps + 1,) of a config. default_shift: where `sampling` has none. trained: the times, for `schedule: trained`."""
+    return schedule(sampling.steps, default_shift if sampling.shift is None else sampling.shift, sampling.schedule, path, trained)
+
+
+def follow(
+    denoiser: Denoiser,
+    x: Tensor,
+    times: Tensor,
+    cond: Conditioning,
+    keys: Sequence[int],
+    sampling: SamplingConfig,
+    path: Path = RECTIFIED_FLOW,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Take x (L, P) from times[0] down to times[-1] by the sampler of a config."""
     match sampling.sampler:
         case "euler":
             return euler(denoiser, x, times, cond, on_step)
