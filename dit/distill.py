@@ -8,8 +8,8 @@ from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import Preview
 from dit.engine import durable
 from dit.engine.checkpoint import resume
-from dit.engine.deepspeed import Engine
-from dit.engine.loop import fit
+from dit.engine.engine import Engine
+from dit.engine.loop import LossesOf, fit
 from dit.models import build_backbone
 from dit.runs import Encoders, TrainedRun, null_label, open_for_writing
 from dit.runtime import distributed
@@ -26,22 +26,28 @@ def main(run: DistillRun) -> int:
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe())
-    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-    objective = build_distillation(run.method, teacher, encoders.null_text, null_label(base), base.objective.shift)
-    student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
-    student.load_state_dict(teacher.state_dict())
-    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
-    steps = stream.steps(resume(engine, folder))
+    engine, losses_of = compose(run, trained, encoders, stream)
     fit(
         run,
         engine,
-        steps,
-        lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
+        stream.steps(resume(engine, folder)),
+        losses_of,
         max_bad_fraction=data.max_bad_fraction,
         validate=None,
         preview=Preview(run.preview, build_student_sampling(run.method), encoders, base, folder) if run.preview else None,
     )
     return 0
+
+
+def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf]:
+    """The engine with the teacher's weights, and what it is trained on. trained: the teacher's run."""
+    base = trained.base
+    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
+    objective = build_distillation(run.method, teacher, encoders.null_text, null_label(base), base.objective.shift)
+    student = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    student.load_state_dict(teacher.state_dict())
+    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
+    return engine, lambda pack, progress: objective(engine.module, stream.encode(pack), progress)
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

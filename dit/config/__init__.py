@@ -8,8 +8,10 @@ from data_pipelines.config import DataConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
-from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
+from dit.config.engine import EMAConfig, EngineConfig, GuardConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
 from dit.config.objective import RectifiedFlowConfig, SamplingConfig
+
+Weights = Annotated[str, Field(pattern=r"^(ema|model|sigma_rel=0?\.\d+)$")]
 
 
 class FitRun(Section):
@@ -20,6 +22,7 @@ class FitRun(Section):
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     ema: EMAConfig = EMAConfig()
+    guard: GuardConfig = GuardConfig()
     train: TrainConfig
     validation: ValidationConfig | None = None
     preview: PreviewConfig | None = None
@@ -67,7 +70,8 @@ class Contestant(Section):
 class SampleRun(Section):
     contestants: Annotated[list[Contestant], Field(min_length=1)]
     """The run to sample from; or several, which then start from the same noise and are shown beside each other."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
+    """ema, model, or sigma_rel=S: the average of that width, reconstructed from those of ema.sigma_rel and the checkpoints kept."""
     prompts: Annotated[list[str], Field(min_length=1)]
     labels: list[NonNegativeInt] | None = None
     """Class of each prompt, for class-conditional models."""
@@ -84,7 +88,8 @@ class EvaluateRun(Section):
 
     contestants: Annotated[list[Contestant], Field(min_length=1)]
     """What is compared: one row of the table each."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
+    """ema, model, or sigma_rel=S: the average of that width, reconstructed from those of ema.sigma_rel and the checkpoints kept."""
     samples: PositiveInt = 256
     """Clips for trained captions, and as many for held-out ones."""
     out: str

@@ -16,8 +16,9 @@ SHAPES = {
     "1 loader worker": (1, {"data__num_workers": 1}),
     "2 loader workers": (1, {"data__num_workers": 2}),
     "2 processes with 1 loader worker each": (2, {"data__num_workers": 1}),
-    "ZeRO stage 2": (1, {"engine": {"zero_stage": 2}}),
+    "ZeRO stage 0, 2 processes": (2, {"engine": {"zero_stage": 0}}),
     "ZeRO stage 2, 2 processes": (2, {"engine": {"zero_stage": 2}}),
+    "ZeRO stage 3, 2 processes, blocks recomputed": (2, {"engine": {"zero_stage": 3}, "backbone__activation_checkpointing": "full"}),
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import UserError
-from dit.engine import checkpoint, durable
+from dit.engine import durable
+from dit.engine.saver import Saver
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy_regression import run_config
 
 
 def write(root: Path, step: int) -> Path:
@@ -106,6 +111,13 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     assert durable.retain(tmp_path, 1, newest_valid=3) == []
 
 
+def test_multiples_are_kept(tmp_path: Path) -> None:
+    for step in (2, 3, 4, 5, 6):
+        write(tmp_path, step)
+    assert durable.retain(tmp_path, 1, newest_valid=6, every=2) == [5, 3]
+    assert durable.published(tmp_path) == [6, 4, 2]
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs 931322574\.62 GiB, the disk has"):
-        checkpoint._check_space(tmp_path, 10**18)
+    with pytest.raises(UserError, match=r"a checkpoint needs 931322574\.62 GiB, the disk has"):
+        Saver(run_config(str(tmp_path)))._check_space(10**18, 1)
