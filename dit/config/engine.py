@@ -33,6 +33,9 @@ class EngineConfig(Section):
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: master weights, optimizer states and EMA stay in host memory, and the step is taken there. Stages 2 and 3."""
 
+    whole_below: NonNegativeInt = 10_000
+    """Under stage 3, parameters of fewer elements stay whole on every rank: a message would cost more than it saves."""
+
     @model_validator(mode="after")
     def _check_offload(self) -> "EngineConfig":
         if self.offload != "none" and self.zero_stage < 2:

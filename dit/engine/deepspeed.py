@@ -17,8 +17,6 @@ from dit.engine.places import Place
 
 BUCKET_ELEMENTS = 50_000_000
 """Gradients reduced, or weights gathered, in one message."""
-PERSISTENT_ELEMENTS = 10_000
-"""Under stage 3, parameters of at most this size stay whole on every rank: a message would cost more than it saves."""
 
 
 def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:
@@ -28,7 +26,7 @@ def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "overlap_comm": False,
-        "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+        "stage3_param_persistence_threshold": run.engine.whole_below,
     }
     if run.engine.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -18,7 +18,10 @@ SHAPES = {
     "2 processes with 1 loader worker each": (2, {"data__num_workers": 1}),
     "ZeRO stage 0, 2 processes": (2, {"engine": {"zero_stage": 0}}),
     "ZeRO stage 2, 2 processes": (2, {"engine": {"zero_stage": 2}}),
-    "ZeRO stage 3, 2 processes, blocks recomputed": (2, {"engine": {"zero_stage": 3}, "backbone__activation_checkpointing": "full"}),
+    "ZeRO stage 3, 2 processes, blocks recomputed": (
+        2,
+        {"engine": {"zero_stage": 3, "whole_below": 100}, "backbone__activation_checkpointing": "full"},
+    ),
 }
 
 

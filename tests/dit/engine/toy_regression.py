@@ -97,6 +97,7 @@ def run_config(out: str, **changes: Any) -> FitRun:
     values: dict[str, Any] = {
         "out": out,
         "optimizer": {"lr": 1e-2, "weight_decay": 0.3, "warmup_samples": 64, "schedule": "cosine", "max_grad_norm": 3.0},
+        "engine": {"whole_below": 0},
         "ema": {"decay": 0.7, "sigma_rel": [0.05, 0.1]},
         "train": {"samples": 12 * STEP_SAMPLES, "save_every_steps": 5, "log_every_steps": 3, "keep_checkpoints": 2},
     }

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import dit.engine.deepspeed
 from data_pipelines.errors import UserError
 from dit.engine import checkpoint
 from dit.engine.engine import Engine
@@ -316,7 +315,6 @@ def unusable() -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     distributed.init()
-    dit.engine.deepspeed.PERSISTENT_ELEMENTS = 0  # so that stage 3 shards even these weights
     for scenario in sys.argv[2:]:
         globals()[scenario]()
     distributed.shutdown()
