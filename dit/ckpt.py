@@ -12,7 +12,7 @@ from data_pipelines.progress import track
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 from dit.interop.wan import channels_of, diffusers_config, to_diffusers
-from dit.runs import TrainedRun, make_folder, writer_of
+from dit.runs import TrainedRun, lock_for_writing, make_folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def _verify(root: Path) -> int:
 
 
 def _prune(root: Path, keep: int, every: int | None) -> int:
-    if writer := writer_of(root.parent):
+    if writer := lock_for_writing(root.parent):
         raise UserError(f"{root.parent} is being written by {writer}, which prunes by itself (train.keep_checkpoints)")
     valid = next((step for step in durable.published(root) if not durable.problems(durable.step_folder(root, step))), None)
     if valid is None:

@@ -125,7 +125,7 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     config would spoil, so one that failed at its start can be mended in place.
     """
     folder = make_folder(run.out, "out")
-    if writer := distributed.gather_json(writer_of(folder) if distributed.rank() == 0 else None)[0]:
+    if writer := distributed.gather_json(lock_for_writing(folder) if distributed.rank() == 0 else None)[0]:
         raise UserError(f"out={folder} is being written by {writer}: wait for it, end it, or give another `out`")
     resolved = folder / "config.resolved.yaml"
     if resolved.is_file() and durable.published(folder / "checkpoints"):
@@ -144,7 +144,7 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     return folder
 
 
-def writer_of(folder: Path) -> str | None:
+def lock_for_writing(folder: Path) -> str | None:
     """Make this process the only writer of `folder` until it ends, however it ends; returns who is, if there is one.
 
     A killed launcher may leave ranks behind that train on, and two jobs may be sent to one folder.

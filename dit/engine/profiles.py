@@ -23,11 +23,17 @@ def gamma_of(sigma_rel: float) -> float:
 def combination(kept: Sequence[tuple[float, int]], wanted: tuple[float, int]) -> list[float]:
     """Coefficients of the averages `kept` whose sum is nearest, in least squares of the profiles, to the average `wanted`.
 
-    Each is (gamma, time).
+    Each is (gamma, time). The coefficients sum to one, so that weights which do not change stay as they are; the paper leaves the
+    sum free, which makes a difference only where few averages are kept.
     """
-    gram = np.array([[_overlap(a, b) for b in kept] for a in kept])
-    right = np.array([_overlap(a, wanted) for a in kept])
-    return [float(x) for x in np.linalg.lstsq(gram, right, rcond=1e-12)[0]]
+    n = len(kept)
+    system = np.ones((n + 1, n + 1))  # the normal equations, and the sum with its multiplier
+    system[:n, :n] = [[_overlap(a, b) for b in kept] for a in kept]
+    system[n, n] = 0
+    right = np.array([*(_overlap(a, wanted) for a in kept), 1.0])
+    scale = np.array([*(_overlap(a, a) ** -0.5 for a in kept), 1.0])  # early averages have larger overlaps
+    solution = np.linalg.lstsq(scale[:, None] * system * scale, scale * right, rcond=1e-12)[0] * scale
+    return [float(x) for x in solution[:n]]
 
 
 def _overlap(a: tuple[float, int], b: tuple[float, int]) -> float:

@@ -65,14 +65,14 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
     root = tmp_path_factory.mktemp("engine")
     env = compilers[2]
     launch(root, 1, "parity", **env)
-    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "rotten", "full", **env)
+    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "returned", "rotten", "full", **env)
     launch(root, 2, "killed", code=-signal.SIGKILL, **env)
     shutil.copytree(root / "whole", root / "damaged")
     flip_bit(root / "damaged/checkpoints/step-00000012/rank-00001-of-00002.safetensors", 7777)
     shutil.copytree(root / "whole", root / "lost")
     for checkpoint in (root / "lost/checkpoints").glob("step-*"):
         os.truncate(checkpoint / "state.json", 10)
-    said = launch(root, 2, "resurrected", "fallback", "unusable", **env)
+    said = launch(root, 2, "resurrected", "fallback", "unusable", "ruined", **env)
     (root / "said.txt").write_text(said)
     launch(root, 1, "elastic", **env)
     return root
@@ -233,3 +233,8 @@ def test_a_step_that_is_no_number_is_dropped_alone_and_written_down(root: Path, 
         assert [sample["id"] for sample in samples if sample["loss"] == "nan"] == ["shard-1/2-0"]
         assert len(samples) == STEP_SAMPLES
         assert [len(grids) for rank in record["ranks"] for grids in rank["grids"]] == [3, 5, 1, 7]
+
+
+def test_a_rollback_leaves_one_line_a_step(root: Path) -> None:
+    assert [line["step"] for line in lines(root / "returned/metrics.jsonl")] == list(range(1, 13))
+    assert json.loads((root / "returned/bad_steps/step-00000007.json").read_text())["action"] == "rollback"

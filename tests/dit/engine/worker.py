@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import resource
 import signal
 import sys
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipelines.errors import UserError
-from dit.engine import checkpoint
+from dit.engine import checkpoint, durable
 from dit.engine.engine import Engine
 from dit.engine.guard import UntrustedStep
 from dit.engine.loop import FitResult, fit
@@ -54,13 +55,15 @@ def save(engine: Engine, folder: Path) -> None:
 
 def take(engine: Engine, steps: int) -> list[float]:
     """Optimizer steps without the loop."""
-    source, norms = steps_from(engine.step), []
-    for _ in range(steps):
-        batch = next(source)
-        for pack in batch.packs:
-            engine.backward(losses_of(engine.module, pack).per_sample.sum(), batch.samples)
-        norms.append(engine.optimizer_step(0.0).grad_norm)
-    return norms
+    source = steps_from(engine.step)
+    return [take_this(engine, next(source)) for _ in range(steps)]
+
+
+def take_this(engine: Engine, batch: Step) -> float:
+    """One optimizer step; returns the gradient norm."""
+    for pack in batch.packs:
+        engine.backward(losses_of(engine.module, pack).per_sample.sum(), batch.samples)
+    return engine.optimizer_step(0.0).grad_norm
 
 
 def dump(engine: Engine, name: str, norms: list[float] | None = None) -> None:
@@ -249,6 +252,61 @@ def poisoned_steps() -> Iterator[Step]:
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
+
+
+def returned() -> None:
+    """A loss that is no number in step 7 sends the run back to step 5; it goes on with the data behind step 7."""
+    order = [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13]
+    expected = new_engine(ROOT / "unused")
+    source = {number: next(steps_from(number)) for number in range(14)}
+    for number in order:
+        take_this(expected, source[number])
+    engine = new_engine(ROOT / "returned", guard={"on_nonfinite": "rollback"})
+
+    def with_a_hole() -> Iterator[Step]:
+        for number in range(14):
+            batch = source[number]
+            if number == 6 and distributed.rank() == 0:
+                first = batch.packs[0]
+                batch = replace(batch, packs=[replace(first, weights=first.weights * float("inf")), *batch.packs[1:]])
+            yield batch
+
+    result = run_fit(engine, ROOT / "returned", with_a_hole())
+    assert (result.state, result.step, engine.skipped) == ("done", 12, 0), result
+    assert_equal(weights_of(engine.module), weights_of(expected.module))
+    assert engine.guard.bad == [7]
+
+
+def ruined() -> None:
+    """200 damages of the newest checkpoint: each is found by both ranks before anything is touched, and both take the one before."""
+    root, generator = ROOT / "whole" / "checkpoints", random.Random(0)
+    folder = durable.step_folder(root, 12)
+    files = sorted(folder.iterdir())
+    intact = {path: path.read_bytes() for path in files}
+    engine = new_engine(ROOT / "whole")
+    untouched = weights_of(engine.module)
+    for trial in range(200):
+        path, how = files[trial % len(files)], generator.choice(["flip", "flip", "cut", "delete"])
+        data, place = bytearray(intact[path]), generator.random()
+        if distributed.rank() == 0:
+            if how == "flip":
+                data[int(place * len(data))] ^= 1 << generator.randrange(8)
+            path.write_bytes(data[: int(place * len(data))] if how == "cut" else data)
+            if how == "delete":
+                path.unlink()
+        distributed.barrier()
+        assert checkpoint._newest_valid(root, distributed.rank(), distributed.world_size()) == 10, f"{how} of {path} at {place}"
+        distributed.barrier()
+        if distributed.rank() == 0:
+            path.write_bytes(intact[path])
+    assert_equal(weights_of(engine.module), untouched)
+    for hint in (None, "", "step-00000099\n", "nonsense"):  # a pointer that lies changes nothing
+        if distributed.rank() == 0:
+            (root / "latest").unlink(missing_ok=True)
+            if hint is not None:
+                (root / "latest").write_text(hint)
+        distributed.barrier()
+        assert checkpoint.resume(engine, ROOT / "whole") == {"step": 12}
 
 
 def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
