@@ -33,7 +33,7 @@ class Saver:
         self._group = distributed.side_group()
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
-        self._error: UserError | None = None
+        self._error: Exception | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -95,7 +95,7 @@ class Saver:
             entries = self._together(lambda: tensors.write(path, views))
             faults.point("save.written")
             self._together(lambda: self._publish(staged, step, entries, state) if rank == 0 else None)
-        except UserError as error:
+        except Exception as error:  # it belongs to the caller's thread, whatever it is
             if rank == 0:
                 shutil.rmtree(staged, ignore_errors=True)
             self._error = error

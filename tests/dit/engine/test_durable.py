@@ -5,13 +5,17 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import UserError
 from dit.engine import durable
+from dit.engine.engine import Fragment
 from dit.engine.saver import Saver
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -121,3 +125,14 @@ def test_multiples_are_kept(tmp_path: Path) -> None:
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a checkpoint needs 931322574\.62 GiB, the disk has"):
         Saver(run_config(str(tmp_path)))._check_space(10**18, 1)
+
+
+def test_room_for_all_checkpoints_that_will_be_kept_is_asked_for_at_the_start(tmp_path: Path) -> None:
+    views = {"model": torch.zeros(1).expand(10**15)}
+    engine: Any = SimpleNamespace(owned=lambda: iter([Fragment("weight", 0, 10**15, views)]))
+    with pytest.raises(UserError, match=r"3 checkpoints need 11175870\.90 GiB, the disk has .* lower train\.keep_checkpoints"):
+        Saver(run_config(str(tmp_path))).check_space(engine)
+    for step in (1, 2, 3, 4):
+        write(tmp_path / "checkpoints", step)
+    with pytest.raises(UserError, match=r"a checkpoint needs 3725290\.30 GiB"):
+        Saver(run_config(str(tmp_path))).check_space(engine)
