@@ -26,6 +26,7 @@ def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
         "overlap_comm": False,
+        "contiguous_gradients": torch.cuda.is_available(),  # one more copy, which keeps the memory of a GPU in one piece
         "stage3_param_persistence_threshold": run.engine.whole_below,
     }
     if run.engine.offload == "optimizer":

@@ -61,7 +61,8 @@ class Engine:
         self._step_samples = 0
         self._optimizer = AdamWithEMA(parameter_groups(module, run.optimizer.weight_decay), run.optimizer, run.ema)
         exact = {name: parameter.detach().float().flatten() for name, parameter in module.named_parameters()}
-        self._shards = (ZeroShards if run.engine.zero_stage else Replicas)(module, self._optimizer, run, accumulation)
+        is_sharded = run.engine.offload != "none" or (run.engine.zero_stage > 0 and distributed.world_size() > 1)
+        self._shards = (ZeroShards if is_sharded else Replicas)(module, self._optimizer, run, accumulation)  # one rank has nothing to shard
         self._optimizer.reset(self._shards.masters)
         if run.engine.precision == "bf16":
             self._start_from(exact)  # the master weights were made of rounded ones

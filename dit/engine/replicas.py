@@ -1,4 +1,4 @@
-"""ZeRO stage 0: every rank holds everything, and gradients are summed in one message a group.
+"""ZeRO stage 0, and all stages of a single rank: every rank holds everything, and gradients are summed in one message a group.
 
 DeepSpeed's stage 0 cannot accumulate bfloat16 gradients in float32 and applies gradients that are no number.
 """
@@ -62,11 +62,13 @@ class Replicas:
         """Take the step if `decide(gradient norm)`, the same on all ranks; returns the norm before clipping. Gradients are gone after."""
         gradients = [master.grad for master in self.masters if master.grad is not None]
         for gradient in gradients:
-            distributed.all_reduce_sum(gradient).div_(distributed.world_size())
-        norm = nn.utils.get_total_norm(gradients)
+            distributed.all_reduce_sum(gradient)
+        world = distributed.world_size()
+        norm = nn.utils.get_total_norm(gradients) / world
         if decide(float(norm)):
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) / world  # one pass for the mean over ranks and for clipping
             for gradient in gradients:
-                gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+                gradient.mul_(factor)
             self._optimizer.step()
             self.publish()
         for gradient in gradients:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> durable.Entry:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest = xxhash.xxh3_64(len(text).to_bytes(8, "little") + text)
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
         file.write(len(text).to_bytes(8, "little") + text)
         for number, tensor in enumerate(tensors.values()):
             if number == len(tensors) // 2:
@@ -39,8 +40,9 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> durable.Entry:
             data = memoryview(array).cast("B")
             for start in range(0, len(data), BLOCK):
                 block = data[start : start + BLOCK]
-                digest.update(block)
+                hashed = hasher.submit(digest.update, block)  # beside the write; both let go of the interpreter
                 written = file.write(block)
+                hashed.result()
                 if written != len(block):
                     raise OSError(f"{path}: only {written} of {len(block)} bytes could be written")
         os.fsync(file.fileno())
