@@ -18,7 +18,7 @@ from dit.engine.guard import Guard, Verdict
 from dit.engine.optimizer import AdamWithEMA, ema_kinds, lr_at, parameter_groups
 from dit.engine.places import Place
 from dit.engine.replicas import Replicas
-from dit.runtime import distributed
+from dit.runtime import distributed, faults
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Engine:
         if not decide(norm):  # DeepSpeed refuses a norm that is not finite without asking
             self.skipped += 1
         self.step += 1
+        faults.point("step.taken")
         return Outcome(norm, verdicts[0])
 
     @contextmanager

@@ -82,8 +82,7 @@ def fit(
     if engine.samples_seen >= train.samples:
         log.info("%s is finished: %d of %d samples", folder, engine.samples_seen, train.samples)
         return FitResult("done", engine.step, engine.samples_seen, None)
-    is_first = distributed.rank() == 0
-    with Records(folder, engine.step, is_first) as records, Saver(run) as saver, StopSignals(folder) as stop:
+    with Records(folder, engine.step, distributed.rank() == 0) as records, Saver(run) as saver, StopSignals(folder) as stop:
         saver.check_space(engine)
         progress = Progress(train.samples, train.log_every_steps, _peak_of_all_devices(run))
         budget = BadBudget(max_bad_fraction, train.samples, records)
@@ -96,12 +95,9 @@ def fit(
             batch = next(steps)
             waited = time.perf_counter() - started
 
-            faults.point("step.begun")
             tally = accumulate(engine, batch, losses_of, flops_of)
-            faults.point("step.accumulated")
             totals = tally.reduce(batch.samples, batch.bad, stop.reason is not None)
             outcome = engine.optimizer_step(totals.loss)
-            faults.point("step.taken")
 
             loss = totals.loss
             progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
@@ -156,11 +152,13 @@ class BadBudget:
 
 def accumulate(engine: Engine, batch: StepPacks, losses_of: LossesOf, flops_of: Callable[[Any], float] | None = None) -> Tally:
     """Forward and backward over this rank's packs of a step."""
+    faults.point("step.begun")
     tally = Tally()
     for pack in batch.packs:
         losses = losses_of(pack, engine.samples_seen / engine.run.train.samples)
         engine.backward(losses.per_sample.sum(), batch.samples)
         tally.add(pack.ids, losses, flops_of(pack) if flops_of else 0.0)
+    faults.point("step.accumulated")
     return tally
 
 

@@ -1,7 +1,9 @@
 """`kill -9` at every named point of a step, a save and a load: the same command goes on bit for bit, whatever was half done."""
 
+import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from dit.runtime.faults import POINTS
-from tests.processes import Forks, metrics, train_config
+from tests.processes import Forks, metrics, train_config, wait_for
 
 STEPS, SAVE_EVERY, RANKS = 8, 2, 2
 ON_THE_FIRST_RANK = ("save.sealed", "save.manifested", "save.published", "save.retained")
@@ -49,12 +51,30 @@ def test_killed_there(forks: Forks, tmp_path: Path, latents: Path, whole: Path, 
     for fault in faults:
         assert forks.run("train", str(config), ranks=RANKS, fault=fault).code == -signal.SIGKILL
     forks.run("train", str(config), ranks=RANKS).ok()
-    assert metrics(tmp_path / "cut") == metrics(whole)
+    assert_same(tmp_path / "cut", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(100))
+def test_killed_at_random(forks: Forks, tmp_path: Path, latents: Path, whole: Path, trial: int) -> None:
+    """All ranks at once, at any moment between the first step and the end."""
+    config = write(tmp_path / "cut.yaml", latents, "async" if trial % 2 else "sync")
+    process = forks.start("train", str(config), ranks=RANKS)
+    wait_for(lambda: len(metrics(tmp_path / "cut")) > 0)
+    time.sleep(random.Random(trial).uniform(0, 0.3))  # as long as the other steps take
+    process.send(signal.SIGKILL)
+    wait_for(lambda: process.poll() is not None)
+    forks.run("train", str(config), ranks=RANKS).ok()
+    assert_same(tmp_path / "cut", whole)
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """`run` has the records and the last checkpoint of `whole`, and nothing of the killed save is left."""
+    assert metrics(run) == metrics(whole)
     last = f"checkpoints/step-{STEPS:08d}"
     for path in sorted((whole / last).glob("*.safetensors")):
-        expected, found = load_file(path), load_file(tmp_path / "cut" / last / path.name)
+        expected, found = load_file(path), load_file(run / last / path.name)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    left = [path.name for path in (tmp_path / "cut/checkpoints").iterdir() if path.name.startswith(".")]
-    assert left == [], f"what the killed save left is still there: {left}"
-    shutil.rmtree(tmp_path / "cut")
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    shutil.rmtree(run)
