@@ -90,11 +90,11 @@ class Saver:
         path = staged / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         try:
             self._check_space(sum(view.nbytes for view in views.values()), 1)
-            self._together(lambda: durable.stage(self.root, step) and None if rank == 0 else None)
+            self._on_first(lambda: durable.stage(self.root, step))
             faults.point("save.staged")
             entries = self._together(lambda: tensors.write(path, views))
             faults.point("save.written")
-            self._together(lambda: self._publish(staged, step, entries, state) if rank == 0 else None)
+            self._on_first(lambda: self._publish(staged, step, entries, state))
         except Exception as error:  # it belongs to the caller's thread, whatever it is
             if rank == 0:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -111,16 +111,26 @@ class Saver:
         """Do `action` on every rank and return what each got; if any rank cannot, raise on all instead of waiting for it for ever."""
         try:
             outcome = {"got": action()}
-        except OSError as error:
+        except Exception as error:  # whatever it is, the others must not wait
             outcome = {"error": f"rank {distributed.rank()}: {error}"}
         outcomes = distributed.gather_json(outcome, self._group)
         if errors := [outcome["error"] for outcome in outcomes if "error" in outcome]:
             raise UserError(f"cannot write a checkpoint to {self.root}: {'; '.join(errors)}. Earlier ones are as they were; check `out`")
         return [outcome["got"] for outcome in outcomes]
 
+    def _on_first(self, action: Callable[[], object]) -> None:
+        def once() -> None:
+            if distributed.rank() == 0:
+                action()
+
+        self._together(once)
+
     def _check_space(self, size: int, count: int) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        facts = distributed.gather_json([size, shutil.disk_usage(self.root).free], self._group)
+        def facts_here() -> tuple[int, int]:
+            self.root.mkdir(parents=True, exist_ok=True)
+            return size, shutil.disk_usage(self.root).free
+
+        facts = self._together(facts_here)
         needed, free = count * sum(fact[0] for fact in facts), min(fact[1] for fact in facts)
         if free < needed:
             sizes = f"{needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free"

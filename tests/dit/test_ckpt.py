@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dit.config import SampleRun
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 from tests.processes import Forks, train_config
@@ -74,6 +75,15 @@ def test_export(forks: Forks, run: Path, tmp_path: Path) -> None:
     model.load_state_dict(load_file(tmp_path / "wan/diffusion_pytorch_model.safetensors"))
     averages = load_weights(run, None, "ema")
     assert torch.equal(model.blocks[1].ffn.net[2].weight, averages["blocks.1.mlp.2.weight"])
+
+
+def test_only_weights_that_there_can_be_are_asked_for() -> None:
+    values = {"contestants": [{"run": "x"}], "prompts": ["a"], "size": [1, 8, 8], "out": "y"}
+    for weights in ("ema", "model", "sigma_rel=0.15"):
+        assert SampleRun.model_validate(values | {"weights": weights}).weights == weights
+    for weights in ("emma", "sigma_rel=15", "exp_avg"):
+        with pytest.raises(ValueError, match="weights"):
+            SampleRun.model_validate(values | {"weights": weights})
 
 
 def test_averages_of_any_width(run: Path) -> None:
