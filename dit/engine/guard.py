@@ -69,9 +69,10 @@ class Guard:
         return {"judged": self.judged, "losses": self.losses, "norms": self.norms, "bad": self.bad}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Take up what `state` kept; None is of a checkpoint without a guard."""
-        for name, value in (state or {}).items():
-            setattr(self, name, value)
+        """Take up what `state` kept, or a part of it; None is of a checkpoint without a guard."""
+        kept = state or {}
+        for name in self.state().keys() & kept.keys():
+            setattr(self, name, kept[name])
 
     def _judge(self, loss: float, norm: float) -> Verdict:
         policy = self.config.on_spike

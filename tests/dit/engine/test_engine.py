@@ -65,7 +65,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
     root = tmp_path_factory.mktemp("engine")
     env = compilers[2]
     launch(root, 1, "parity", **env)
-    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "returned", "rotten", "full", **env)
+    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "spiking", "returned", "rotten", "full", **env)
     launch(root, 2, "killed", code=-signal.SIGKILL, **env)
     shutil.copytree(root / "whole", root / "damaged")
     flip_bit(root / "damaged/checkpoints/step-00000012/rank-00001-of-00002.safetensors", 7777)

@@ -254,6 +254,23 @@ def poisoned_steps() -> Iterator[Step]:
         yield batch
 
 
+def spiking() -> None:
+    """A gradient ten thousand times its size enters the moments with the norm that the guard allows, at every stage."""
+    for stage in (0, 1, 2, 3):
+        engine = new_engine(ROOT / "spiking", engine={"zero_stage": stage}, guard={"window": 8}, optimizer={"max_grad_norm": 100.0})
+        take(engine, 5)
+        limit = engine.guard.max_norm(engine.run.optimizer.max_grad_norm)
+        assert limit < 0.9 * engine.run.optimizer.max_grad_norm, "the guard should be stricter than the configured norm"
+        before = [f.views["exp_avg"].clone() for f in engine.owned()]
+        batch = next(steps_from(5))
+        norm = take_this(engine, replace(batch, packs=[replace(pack, weights=pack.weights * 1e4) for pack in batch.packs]))
+        assert norm > 1000
+        beta = engine.run.optimizer.betas[0]
+        entered = [(f.views["exp_avg"] - beta * old) / (1 - beta) for f, old in zip(engine.owned(), before, strict=True)]
+        square = distributed.all_reduce_sum(sum((part.square().sum() for part in entered), torch.zeros(())))
+        assert float(square) ** 0.5 == pytest.approx(limit, rel=1e-4)
+
+
 def returned() -> None:
     """A loss that is no number in step 7 sends the run back to step 5; it goes on with the data behind step 7."""
     order = [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13]
