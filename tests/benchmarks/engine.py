@@ -136,7 +136,7 @@ def one_size(width: int, samples: int) -> tuple[str, ...]:
         for master in engine._shards.masters:
             state[master]["ema"].lerp_(master.data, 1e-3)
     average = (time.process_time() - start) / 20
-    ratios = [a / b for a, b in zip(ours[5:], theirs[5:], strict=False)]
+    ratios = [a / b for a, b in zip(ours[5:], theirs[5 : len(ours)], strict=True)]
     usual = median(theirs[5:])
     return f"{1000 * usual:.0f} ms", f"{median(ratios):.3f}", f"{average / usual:.1%}"
 
@@ -250,7 +250,6 @@ def in_folder(base: Path) -> None:
         "raw read": (raw, read_raw),
         "verify": (folder, lambda: durable.problems(folder)),
         "verify and load": (folder, lambda: checkpoint.resume(engine, base / "run")),
-        "torch.load": (base / "torch.pt", lambda: torch.load(base / "torch.pt", weights_only=True)),
     }
     times = turns({name: action for name, (_, action) in loaders.items()}, "raw read", 6, lambda name: forget(loaders[name][0]))
     table("Loading it again, its pages dropped from the cache", rows_of(times, size))
