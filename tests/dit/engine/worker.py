@@ -171,7 +171,7 @@ def whole() -> None:
 
 def killed() -> None:
     """A run that dies in step 9 without a chance to clean up."""
-    engine = new_engine(ROOT / "killed")
+    engine = new_engine(ROOT / "killed", train={"async_save": False})  # so that it is known which checkpoint there is
 
     def dying() -> Iterator[Step]:
         for batch in steps_from(0):
