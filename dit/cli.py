@@ -45,6 +45,8 @@ VERBS = {
 }
 PLAIN_VERBS = {
     "demo": ("train, distil and sample a small video model on moving shapes, from nothing", "dit demo --out runs/demo"),
+    "ckpt": ("list, verify, prune and export checkpoints", "dit ckpt verify runs/demo/teacher"),
+    "replay": ("run one step of a run again, in one process", "dit replay runs/demo/teacher 1200"),
     "data": ("curate, make, check and show shards", "dit data ingest photos/ shards/photos"),
 }
 
@@ -66,15 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if arguments and arguments[0] == "data":
-        return int(importlib.import_module("data_pipelines.__main__").main(arguments[1:]) or 0)
-    if arguments and arguments[0] == "demo":
-        return int(importlib.import_module("dit.demo").main(arguments[1:]) or 0)
-    options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
-    verb = VERBS[options.verb]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("dit", "data_pipelines"):
         logging.getLogger(package).setLevel(logging.INFO)
+    if arguments and arguments[0] == "data":
+        return int(importlib.import_module("data_pipelines.__main__").main(arguments[1:]) or 0)
+    if arguments and arguments[0] in PLAIN_VERBS:
+        return int(importlib.import_module(f"dit.{arguments[0]}").main(arguments[1:]) or 0)
+    options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
+    verb = VERBS[options.verb]
     config = importlib.import_module("dit.config")
     run = importlib.import_module("dit.config.load").load_run(getattr(config, verb.root), options.config, options.overrides)
     if options.check:

@@ -36,6 +36,7 @@ from dit.diffusion import (
 from dit.editing import Edit
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, null_label
+from dit.runtime import distributed
 
 
 @torch.no_grad()
@@ -144,6 +145,8 @@ class Preview:
         config = self.config
         keys = sample_keys(self.base.train.seed, len(config.prompts))
         videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys)
+        if distributed.rank() > 0:  # it draws because every rank holds a part of the weights
+            return videos
         name = self.folder / "samples" / f"step-{step:08d}"
         contact_sheet(videos, config.prompts, name.with_suffix(".png"))
         if config.size[0] > 1:

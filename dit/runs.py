@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +98,7 @@ class TrainedRun:
             return build_student_sampling(self.run.method)
         return self.run.preview.sampling if self.run.preview else SamplingConfig()
 
-    def backbone(self, encoders: Encoders, step: int | None, weights: Literal["ema", "model"], device: torch.device) -> nn.Module:
+    def backbone(self, encoders: Encoders, step: int | None, weights: str, device: torch.device) -> nn.Module:
         """The network with the weights of checkpoint `step` (None: newest valid), frozen, on `device`."""
         network = build_backbone(self.base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
         module = equip(network, self.base.objective)
@@ -130,7 +129,7 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     config would spoil, so one that failed at its start can be mended in place.
     """
     folder = make_folder(run.out, "out")
-    if writer := distributed.gather_json(_lock(folder) if distributed.rank() == 0 else None)[0]:
+    if writer := distributed.gather_json(lock_for_writing(folder) if distributed.rank() == 0 else None)[0]:
         raise UserError(f"out={folder} is being written by {writer}: wait for it, end it, or give another `out`")
     resolved = folder / "config.resolved.yaml"
     if resolved.is_file() and durable.published(folder / "checkpoints"):
@@ -149,7 +148,7 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     return folder
 
 
-def _lock(folder: Path) -> str | None:
+def lock_for_writing(folder: Path) -> str | None:
     """Make this process the only writer of `folder` until it ends, however it ends; returns who is, if there is one.
 
     A killed launcher may leave ranks behind that train on, and two jobs may be sent to one folder.

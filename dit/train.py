@@ -4,8 +4,8 @@ from dit.config import TrainRun
 from dit.diffusion import build_objective, equip
 from dit.drawing import Preview
 from dit.engine.checkpoint import resume
-from dit.engine.deepspeed import Engine
-from dit.engine.loop import fit
+from dit.engine.engine import Engine
+from dit.engine.loop import LossesOf, fit
 from dit.models import build_backbone
 from dit.runs import Encoders, null_label, open_for_writing
 from dit.runtime import distributed
@@ -18,18 +18,14 @@ def main(run: TrainRun) -> int:
     encoders = Encoders.load(run.encoders, distributed.device())
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
     folder = open_for_writing(run, run, stream.describe(run.train.samples))
-    objective = build_objective(run.objective, encoders.null_text, null_label(run))
-    with distributed.seeded(run.train.seed):
-        network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
-        backbone = equip(network, run.objective)
-    engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
+    engine, losses_of = compose(run, encoders, stream)
     start = resume(engine, folder)
     steps = stream.steps(start)
     fit(
         run,
         engine,
         steps,
-        lambda pack, progress: objective(engine.module, stream.encode(pack), progress),
+        losses_of,
         max_bad_fraction=run.data.max_bad_fraction,
         left_out=left_out(start),
         leave_out=steps.leave_out,
@@ -38,3 +34,13 @@ def main(run: TrainRun) -> int:
         flops_of=stream.training_flops,
     )
     return 0
+
+
+def compose(run: TrainRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf]:
+    """The engine with the initial weights, and what it is trained on."""
+    objective = build_objective(run.objective, encoders.null_text, null_label(run))
+    with distributed.seeded(run.train.seed):
+        network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+        backbone = equip(network, run.objective)
+    engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
+    return engine, lambda pack, progress: objective(engine.module, stream.encode(pack), progress)

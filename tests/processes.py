@@ -74,22 +74,23 @@ class Forks:
         assert answer, f"the forking process ended with {self.parent.wait()}"
         return json.loads(answer)
 
-    def start(self, *argv: str, ranks: int = 1) -> "Ranks":
-        """Start `dit ARGV`, as `ranks` processes of one group."""
+    def start(self, *argv: str, ranks: int = 1, fault: str = "") -> "Ranks":
+        """Start `dit ARGV`, as `ranks` processes of one group. fault: `point:rank:n`, see dit/runtime/faults.py."""
         self.count += 1
         port = free_port()
         pids, files = [], []
         for rank in range(ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
             env = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"} if ranks > 1 else {}
+            env |= {"DIT_FAULT": fault} if fault else {}
             out, err = (self.folder / f"{self.count:03d}-{rank}.{stream}" for stream in ("out", "err"))
             pids.append(self.ask({"start": argv, "env": env, "out": str(out), "err": str(err)}))
             files.append((out, err))
         return Ranks(self, pids, files)
 
-    def run(self, *argv: str, ranks: int = 1) -> Done:
+    def run(self, *argv: str, ranks: int = 1, fault: str = "") -> Done:
         """`dit ARGV`, to its end."""
-        return self.start(*argv, ranks=ranks).wait()
+        return self.start(*argv, ranks=ranks, fault=fault).wait()
 
     def close(self) -> None:
         self.parent.kill()

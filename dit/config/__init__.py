@@ -9,10 +9,12 @@ from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import ConsistencyConfig, TeacherConfig
 from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
-from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
+from dit.config.engine import EMAConfig, EngineConfig, GuardConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
 from dit.config.evaluation import AdherenceConfig, Metric, ShapesClips, StoredClips
 from dit.config.objective import DDPMConfig, ObjectiveConfig, RectifiedFlowConfig, SamplingConfig
 from dit.config.path import VPPath
+
+Weights = Annotated[str, Field(pattern=r"^(ema|model|sigma_rel=0?\.\d+)$")]
 
 
 class FitRun(Section):
@@ -23,6 +25,7 @@ class FitRun(Section):
     optimizer: OptimizerConfig
     engine: EngineConfig = EngineConfig()
     ema: EMAConfig = EMAConfig()
+    guard: GuardConfig = GuardConfig()
     train: TrainConfig
     validation: ValidationConfig | None = None
     preview: PreviewConfig | None = None
@@ -108,7 +111,8 @@ class Contestant(Section):
 class SampleRun(Section):
     contestants: Annotated[list[Contestant], Field(min_length=1)]
     """The run to sample from; or several, which then start from the same noise and are shown beside each other."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
+    """ema, model, or sigma_rel=S: the average of that width, reconstructed from those of ema.sigma_rel and the checkpoints kept."""
     prompts: Annotated[list[str], Field(min_length=1)]
     labels: list[NonNegativeInt] | None = None
     """Class of each prompt, for class-conditional models."""
@@ -127,7 +131,8 @@ class EvaluateRun(Section):
 
     contestants: Annotated[list[Contestant], Field(min_length=1)]
     """What is compared: one column of the table each."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
+    """ema, model, or sigma_rel=S: the average of that width, reconstructed from those of ema.sigma_rel and the checkpoints kept."""
     clips: Annotated[ShapesClips | StoredClips, Field(discriminator="name")] = ShapesClips()
     """Where captions and reference clips come from. Twice `samples` are read: the reference, and as many that are judged against it."""
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = (AdherenceConfig(),)

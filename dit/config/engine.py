@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_pipelines.config import Section
 from dit.config.objective import SamplingConfig
@@ -26,15 +26,45 @@ class OptimizerConfig(Section):
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[1, 2] = 1
-    """What DeepSpeed shards over the ranks: 1 optimizer states and EMA; 2 gradients as well."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is sharded over the ranks: 0 nothing; 1 optimizer states and EMA; 2 gradients as well; 3 weights as well."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps fp32 master weights, optimizer states and EMA."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: master weights, optimizer states and EMA stay in host memory, and the step is taken there. Stages 2 and 3."""
+
+    whole_below: NonNegativeInt = 10_000
+    """Under stage 3, parameters of fewer elements stay whole on every rank: a message would cost more than it saves."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "EngineConfig":
+        if self.offload != "none" and self.zero_stage < 2:
+            raise ValueError(f"offload={self.offload} needs zero_stage 2 or 3, got {self.zero_stage}")
+        return self
 
 
 class EMAConfig(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Average of the weights: ema <- decay ema + (1 - decay) weights, after each step; shorter in the first steps."""
+    sigma_rel: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    """Further averages, with power-function profiles of these widths, as fractions of the time trained (such as [0.05, 0.1]). From
+    two of them, and checkpoints kept along the run, `weights: sigma_rel=0.07` reconstructs any width after training."""
+
+
+class GuardConfig(Section):
+    """What happens to a step whose loss or gradients cannot be trusted. Decided by all ranks before any state changes."""
+
+    on_nonfinite: Literal["skip", "rollback", "stop"] = "skip"
+    """Loss or gradients are infinite or no number. skip: drop the step. rollback: return to the last checkpoint and go on with the
+    data behind this step. stop: end the run."""
+    on_spike: Literal["ignore", "clip", "skip", "rollback", "stop"] = "clip"
+    """A gradient norm (for skip, rollback and stop also a loss) far above its running median. clip: scale the gradient to the limit."""
+    spike_deviations: PositiveFloat = 12.0
+    """The limit is the median plus this many robust standard deviations (1.48 times the median absolute deviation)."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Steps that the median is taken over; the guard against spikes begins when a quarter of them are done."""
+    max_bad_steps: NonNegativeInt = 5
+    """The run stops when this many steps within one window were skipped or rolled back, and another comes."""
 
 
 class TrainConfig(Section):
@@ -45,6 +75,10 @@ class TrainConfig(Section):
     save_every_steps: PositiveInt = 500
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints kept; the newest valid one is never deleted."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on; at most one checkpoint is being written at a time."""
 
 
 class ValidationConfig(Section):

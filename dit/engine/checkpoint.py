@@ -8,78 +8,59 @@
 Nothing here is read before it is verified, and nothing in memory changes before all ranks agree that it is valid.
 """
 
-import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipelines.errors import NoValidCheckpoint, UserError
-from dit.config import FitRun, TrainRun
-from dit.engine import durable
-from dit.engine.deepspeed import KINDS, Engine
-from dit.runtime import distributed
+from dit.engine import durable, profiles
+from dit.engine.engine import Engine
+from dit.engine.saver import Position, backbone_config
+from dit.engine.tensors import Pieces
+from dit.runtime import distributed, faults
 
 log = logging.getLogger(__name__)
-Position = dict[str, Any]
-"""Where the data stream goes on; opaque here."""
+OLD_KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
+"""Of checkpoints that do not say what they hold."""
 
 
-def save(engine: Engine, run_dir: Path, position: Position, keep: int) -> Path:
-    """Write a checkpoint of `engine`, publish it, and delete old ones beyond `keep`. Called by all ranks.
-
-    Raises UserError on all ranks, with nothing published, if the disk is too full or a file cannot be written.
-    """
-    root = run_dir / "checkpoints"
-    tensors = {f"{kind}/{f.name}@{f.start}": view for f in engine.fragments() for kind, view in f.views.items()}
-    is_first = distributed.rank() == 0
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    _check_space(root, sum(distributed.gather_json(size)))
-    staged = Path(_together(lambda: str(durable.stage(root, engine.step)) if is_first else None, root)[0])
-    path = staged / f"rank-{distributed.rank():05d}-of-{distributed.world_size():05d}.safetensors"
-    try:
-        entries = _together(lambda: _write_tensors(path, tensors), root)
-        _together(lambda: _publish(engine, root, staged, entries, position, keep) if is_first else None, root)
-    except UserError:
-        if is_first:
-            shutil.rmtree(staged, ignore_errors=True)
-        raise
-    return durable.step_folder(root, engine.step)
-
-
-def resume(engine: Engine, run_dir: Path) -> Position | None:
+def resume(engine: Engine, run_dir: Path, before: int | None = None) -> Position | None:
     """Bring `engine` to the newest valid checkpoint of `run_dir` and return where its data goes on; None if there is none at all.
+
+    before: take only checkpoints of earlier steps than this.
 
     Called by all ranks. Raises NoValidCheckpoint if there are checkpoints and none is valid, UserError if it is of another model.
     """
-    step = _newest_valid(run_dir / "checkpoints", distributed.rank(), distributed.world_size())
+    step = _newest_valid(run_dir / "checkpoints", distributed.rank(), distributed.world_size(), before)
     if step is None:
         return None
     folder = durable.step_folder(run_dir / "checkpoints", step)
     state = json.loads((folder / "state.json").read_text())
     _check_same_model(state, engine, folder)
-    with _Pieces(folder) as pieces:
+    faults.point("load.verified")
+    with Pieces(folder) as pieces:
         _fill(engine, pieces, folder)
-    engine.restore(int(state["step"]), int(state["samples_seen"]))
+    faults.point("load.filled")
+    engine.restore(int(state["step"]), int(state.get("skipped", 0)), int(state["samples_seen"]))
+    engine.guard.restore(state.get("guard"))
+    faults.point("load.done")
     if distributed.rank() == 0:
         log.info("resumed from %s: step %d, %d samples seen", folder, engine.step, engine.samples_seen)
     position: Position = state["position"]
     return position
 
 
-def load_weights(run_dir: Path, step: int | None, which: Literal["ema", "model"]) -> dict[str, Tensor]:
+def load_weights(run_dir: Path, step: int | None, which: str) -> dict[str, Tensor]:
     """Float32 weights of checkpoint `step` of `run_dir` (None: the newest valid), whole and on the CPU; needs no process group.
 
-    Raises UserError if there is no such checkpoint, NoValidCheckpoint if it, or all, are damaged.
+    which: "model", "ema", or "sigma_rel=S" for the average of that width, reconstructed from all averages of power-function
+    profiles in this and earlier checkpoints unless it was kept. Raises UserError if there is no such checkpoint or average,
+    NoValidCheckpoint if it, or all, are damaged.
     """
     root = Path(run_dir) / "checkpoints"
     have = durable.published(root)
@@ -91,62 +72,53 @@ def load_weights(run_dir: Path, step: int | None, which: Literal["ema", "model"]
         assert step is not None
     elif bad := durable.problems(durable.step_folder(root, step)):
         raise NoValidCheckpoint(f"checkpoint {step} of {root} is damaged:\n" + "\n".join(bad))
-    folder = durable.step_folder(root, step)
-    shapes: dict[str, list[int]] = json.loads((folder / "state.json").read_text())["shapes"]
-    with _Pieces(folder) as pieces:
+    if not which.startswith("sigma_rel="):
+        return _whole(durable.step_folder(root, step), which)
+    width = float(which.removeprefix("sigma_rel="))
+    total: dict[str, Tensor] = {}
+    for weight, folder, kind in _nearest(root, [step, *(s for s in have if s < step)], width):
+        for name, tensor in _whole(folder, kind).items():
+            total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor.mul_(weight)
+    return total
+
+
+def _nearest(root: Path, steps: Sequence[int], width: float) -> list[tuple[float, Path, str]]:
+    """Averages at `steps`, the first of which counts, and the coefficients that make the profile of `width` at that step of them."""
+    kept: list[tuple[float, int, Path, str]] = []
+    for step in steps:
+        folder = durable.step_folder(root, step)
+        if step != steps[0] and durable.problems(folder):
+            continue
+        state = json.loads((folder / "state.json").read_text())
+        time = int(state["step"]) - int(state.get("skipped", 0))
+        widths = [float(kind.removeprefix("ema_")) for kind in state.get("kinds", OLD_KINDS) if kind.startswith("ema_")]
+        if step == steps[0] and width in widths:
+            return [(1.0, folder, f"ema_{width:g}")]
+        kept += [(profiles.gamma_of(each), time, folder, f"ema_{each:g}") for each in widths]
+    if len(kept) < 2 or kept[0][2] != durable.step_folder(root, steps[0]):
+        raise UserError(f"{root} cannot give sigma_rel={width:g}: train with two widths or more in ema.sigma_rel, such as [0.05, 0.1]")
+    weights = profiles.combination([(gamma, time) for gamma, time, _, _ in kept], (profiles.gamma_of(width), kept[0][1]))
+    return [(weight, folder, kind) for weight, (_, _, folder, kind) in zip(weights, kept, strict=True)]
+
+
+def _whole(folder: Path, kind: str) -> dict[str, Tensor]:
+    """All of one kind in a valid checkpoint."""
+    state = json.loads((folder / "state.json").read_text())
+    shapes: dict[str, list[int]] = state["shapes"]
+    if kind not in state.get("kinds", OLD_KINDS):
+        raise UserError(f"{folder} has no weights of kind {kind!r}; it has {', '.join(state.get('kinds', OLD_KINDS))}")
+    with Pieces(folder) as pieces:
         whole = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
-        missing = [name for name, flat in whole.items() if pieces.copy(which, name, 0, flat) != flat.numel()]
+        missing = [name for name, flat in whole.items() if pieces.copy(kind, name, 0, flat) != flat.numel()]
     assert not missing, f"{folder} is valid but lacks parts of {missing}"
     return {name: flat.view(shapes[name]) for name, flat in whole.items()}
 
 
-@dataclass(frozen=True)
-class _Piece:
-    file: Any
-    key: str
-    start: int
-    size: int
-
-
-class _Pieces:
-    """All tensors of a checkpoint folder, found by kind and parameter."""
-
-    def __init__(self, folder: Path) -> None:
-        self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob("rank-*.safetensors"))]
-        self.by_name: dict[tuple[str, str], list[_Piece]] = {}
-
-    def __enter__(self) -> "_Pieces":
-        for file in self.files:
-            file.__enter__()
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                address, start = key.rsplit("@", 1)
-                kind, name = address.split("/", 1)
-                size = file.get_slice(key).get_shape()[0]
-                self.by_name.setdefault((kind, name), []).append(_Piece(file, key, int(start), size))
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for file in self.files:
-            file.__exit__(*error)
-
-    def covered(self, kind: str, name: str, start: int, size: int) -> int:
-        """How many elements of [start, start + size) of a flattened parameter are here."""
-        pieces = self.by_name.get((kind, name), [])
-        return sum(max(0, min(p.start + p.size, start + size) - max(p.start, start)) for p in pieces)
-
-    def copy(self, kind: str, name: str, start: int, target: Tensor) -> int:
-        """Fill `target` (size,), elements from `start` on of a flattened parameter; returns how many were here."""
-        for p in self.by_name.get((kind, name), []):
-            low, high = max(p.start, start), min(p.start + p.size, start + target.numel())
-            if low < high:
-                target[low - start : high - start].copy_(p.file.get_slice(p.key)[low - p.start : high - p.start])
-        return self.covered(kind, name, start, target.numel())
-
-
-def _newest_valid(root: Path, share: int, shares: int) -> int | None:
+def _newest_valid(root: Path, share: int, shares: int, before: int | None = None) -> int | None:
     """Newest step whose files pass; each rank reads its share of them, and the verdict is common. None if there is no checkpoint."""
     reasons: list[str] = []
-    for step in durable.published(root) if shares == 1 else distributed.gather_json(durable.published(root))[0]:
+    have = [step for step in durable.published(root) if before is None or step < before]
+    for step in have if shares == 1 else distributed.gather_json(have)[0]:
         found = durable.problems(durable.step_folder(root, step), share, shares)
         bad = found if shares == 1 else sorted({line for lines in distributed.gather_json(found) for line in lines})
         if not bad:
@@ -160,73 +132,24 @@ def _newest_valid(root: Path, share: int, shares: int) -> int | None:
     return None
 
 
-def _fill(engine: Engine, pieces: _Pieces, folder: Path) -> None:
+def _fill(engine: Engine, pieces: Pieces, folder: Path) -> None:
     fragments = list(engine.fragments())
-    short = [f"{kind}/{f.name}" for f in fragments for kind in KINDS if pieces.covered(kind, f.name, f.start, f.size) != f.size]
+    short = [f"{kind}/{f.name}" for f in fragments for kind in engine.kinds if pieces.covered(kind, f.name, f.start, f.size) != f.size]
     lacking = sorted({name for names in distributed.gather_json(short) for name in names})
     if lacking:
         raise NoValidCheckpoint(f"{folder} is intact but incomplete, it lacks parts of {', '.join(lacking[:10])} ({len(lacking)} tensors)")
     for fragment in fragments:
-        for kind in KINDS:
+        for kind in engine.kinds:
             pieces.copy(kind, fragment.name, fragment.start, fragment.views[kind])
 
 
-def _together(action: Callable[[], Any], root: Path) -> list[Any]:
-    """Do `action` on every rank and return what each got; if any rank cannot, raise on all instead of waiting for it for ever."""
-    try:
-        outcome = {"got": action()}
-    except (OSError, SafetensorError) as error:
-        outcome = {"error": f"rank {distributed.rank()}: {error}"}
-    outcomes = distributed.gather_json(outcome)
-    if errors := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-        raise UserError(f"cannot write a checkpoint to {root}: {'; '.join(errors)}. Earlier checkpoints are as they were; check `out`")
-    return [outcome["got"] for outcome in outcomes]
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> durable.Entry:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    return durable.seal(path)
-
-
-def _publish(engine: Engine, root: Path, staged: Path, entries: list[durable.Entry], position: Position, keep: int) -> None:
-    state = staged / "state.json"
-    state.write_text(json.dumps(_state(engine, position), indent=1) + "\n")
-    durable.publish(staged, root, engine.step, [*entries, durable.seal(state)])
-    durable.retain(root, keep, newest_valid=engine.step)
-
-
-def _check_space(root: Path, needed: int) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    free = min(distributed.gather_json(shutil.disk_usage(root).free))
-    if free < needed:
-        sizes = f"needs {needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free"
-        raise UserError(f"a checkpoint in {root} {sizes}. Make room, lower train.keep_checkpoints, or change `out`")
-
-
-def _state(engine: Engine, position: Position) -> dict[str, Any]:
-    backbone = backbone_config(engine.run)
-    return {
-        "format": durable.FORMAT,
-        "step": engine.step,
-        "samples_seen": engine.samples_seen,
-        "position": position,
-        "shapes": engine.shapes(),
-        "backbone": backbone,
-        "backbone_sha256": hashlib.sha256(json.dumps(backbone, sort_keys=True).encode()).hexdigest(),
-        "world_size": distributed.world_size(),
-        "zero_stage": engine.run.engine.zero_stage,
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
-    }
-
-
-def backbone_config(run: FitRun) -> dict[str, Any] | None:
-    """The `backbone` section of a training run; a distillation has its teacher's, which its own config does not repeat."""
-    return run.backbone.model_dump(mode="json") if isinstance(run, TrainRun) else None
-
-
 def _check_same_model(state: Mapping[str, Any], engine: Engine, folder: Path) -> None:
+    kinds = state.get("kinds", OLD_KINDS)
+    if lacking := [kind for kind in engine.kinds if kind not in kinds]:
+        missing, has = ", ".join(lacking), ", ".join(kinds)
+        raise UserError(f"{folder} has no {missing}, it has {has}: an average cannot begin later, mend ema.sigma_rel")
     there = {name: tuple(shape) for name, shape in state["shapes"].items()}
-    here = engine.shapes()
+    here = engine.shapes
     differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if not differ:
         return

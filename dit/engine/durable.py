@@ -15,6 +15,8 @@ from typing import Any
 
 import xxhash
 
+from dit.runtime import faults
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 Entry = dict[str, Any]
@@ -39,9 +41,14 @@ def stage(root: Path, step: int) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(".*step-*"):
         shutil.rmtree(left)
-    folder = root / f".writing-{step_folder(root, step).name}"
+    folder = root / staging_name(step)
     folder.mkdir()
     return folder
+
+
+def staging_name(step: int) -> str:
+    """Name of the hidden folder in which `step` is written."""
+    return f".writing-step-{step:08d}"
 
 
 def seal(path: Path) -> Entry:
@@ -53,14 +60,17 @@ def seal(path: Path) -> Entry:
 
 def publish(staged: Path, root: Path, step: int, entries: Sequence[Entry]) -> Path:
     """Write the manifest of the sealed files of `staged`, flush, and make the folder appear under its name in one rename."""
+    faults.point("save.sealed")
     (staged / MANIFEST).write_bytes(_manifest(step, entries))
     seal(staged / MANIFEST)
     _flush_folder(staged)
+    faults.point("save.manifested")
     final = step_folder(root, step)
     if final.exists():  # left by an earlier run of the same step: an invalid one, or a resume behind it
         final.rename(root / f".replaced-{final.name}")
     staged.rename(final)
     _flush_folder(root)
+    faults.point("save.published")
     shutil.rmtree(root / f".replaced-{final.name}", ignore_errors=True)
     hint = root / ".latest"
     hint.write_text(final.name + "\n")
@@ -88,9 +98,9 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
     return [problem for entry in entries[share::shares] if (problem := _file_problem(folder / str(entry["name"]), entry))]
 
 
-def retain(root: Path, keep: int, newest_valid: int) -> list[int]:
-    """Delete all but the newest `keep` steps of `root`, and never `newest_valid`; returns what was deleted."""
-    doomed = [step for step in published(root)[keep:] if step != newest_valid]
+def retain(root: Path, keep: int, newest_valid: int, every: int | None = None) -> list[int]:
+    """Delete all but the newest `keep` steps of `root` and multiples of `every`, and never `newest_valid`; returns what was deleted."""
+    doomed = [step for step in published(root)[keep:] if step != newest_valid and (every is None or step % every)]
     for step in doomed:
         folder = step_folder(root, step)
         hidden = folder.rename(root / f".deleting-{folder.name}")  # never half a folder under a name that counts

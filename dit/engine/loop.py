@@ -1,6 +1,7 @@
 """The training loop, for training and distilling alike. Knows nothing of diffusion or of how data is read."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from data_pipelines.errors import DataBudgetExceeded
 from dit.config import FitRun
 from dit.engine import checkpoint, held_out
-from dit.engine.deepspeed import Engine
+from dit.engine.engine import Engine, Outcome
+from dit.engine.guard import UntrustedStep
 from dit.engine.held_out import HeldOut
 from dit.engine.metrics import Records
 from dit.engine.progress import Progress, peak_flops
+from dit.engine.saver import Saver
 from dit.engine.tally import Tally, Totals
-from dit.runtime import distributed
+from dit.runtime import distributed, faults
 from dit.runtime.losses import Losses
 from dit.runtime.signals import StopSignals
 
@@ -29,8 +32,9 @@ FEWEST_SAMPLES = 10_000
 class StepPacks(Protocol):
     """What this rank consumes in one optimizer step.
 
-    packs: micro-batches, each with `ids` of its samples. samples: how many the step has over all ranks. position: named tuple, where
-    the stream goes on after this step. bad: (id, reason) of this rank's samples that could not be read, holes in the packs.
+    packs: micro-batches, each with `ids` of its samples and their token `grids`. samples: how many the step has over all ranks.
+    position: named tuple, where the stream goes on after this step. bad: (id, reason) of this rank's samples that could not be
+    read, holes in the packs.
     """
 
     @property
@@ -41,6 +45,10 @@ class StepPacks(Protocol):
     def position(self) -> Any: ...
     @property
     def bad(self) -> Sequence[tuple[str, str]]: ...
+
+
+LossesOf = Callable[[Any, float], Losses]
+"""From a pack and the progress of the run in [0, 1] to the losses of its samples."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def fit(
     run: FitRun,
     engine: Engine,
     steps: Iterator[StepPacks],
-    losses_of: Callable[[Any, float], Losses],
+    losses_of: LossesOf,
     *,
     max_bad_fraction: float,
     left_out: Sequence[str] = (),
@@ -69,15 +77,17 @@ def fit(
 
     losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same losses on all.
     left_out: ids that were unusable before the checkpoint it goes on from. leave_out(ids) is told those of each step, on all ranks alike.
-    preview(module, step) draws on the first rank with the averaged weights; videos (B, T, H, W, 3) it returns go to TensorBoard.
+    preview(module, step) draws with the averaged weights, on the first rank, under ZeRO stage 3 on all; videos (B, T, H, W, 3) that
+    it returns go to TensorBoard.
     flops_of(pack): floating-point operations of its forward and backward pass.
-    Raises NonFinite, DataBudgetExceeded, UserError (disk), on all ranks.
+    Raises UntrustedStep, DataBudgetExceeded, UserError (disk), on all ranks.
     """
     folder, train = Path(run.out), run.train
     if engine.samples_seen >= train.samples:
         log.info("%s is finished: %d of %d samples", folder, engine.samples_seen, train.samples)
         return FitResult("done", engine.step, engine.samples_seen, None)
-    with Records(folder, engine.step, distributed.rank() == 0) as records, StopSignals(folder) as stop:
+    with Records(folder, engine.step, distributed.rank() == 0) as records, Saver(run) as saver, StopSignals(folder) as stop:
+        saver.check_space(engine)
         progress = Progress(train.samples, train.log_every_steps, _peak_of_all_devices(run))
         budget = BadBudget(max_bad_fraction, train.samples, records, left_out)
         budget.check(engine.samples_seen)
@@ -89,18 +99,16 @@ def fit(
             batch = next(steps)
             waited = time.perf_counter() - started
 
-            tally = Tally()
-            for pack in batch.packs:
-                losses = losses_of(pack, engine.samples_seen / train.samples)
-                engine.backward(losses.per_sample.sum(), batch.samples)
-                tally.add(pack.ids, losses, flops_of(pack) if flops_of else 0.0)
-            totals = tally.reduce(engine.step + 1, batch.samples, batch.bad, stop.reason is not None)
-            grad_norm = engine.optimizer_step()
+            tally = accumulate(engine, batch, losses_of, flops_of)
+            totals = tally.reduce(batch.samples, batch.bad, stop.reason is not None)
+            outcome = engine.optimizer_step(totals.loss)
 
             loss = totals.loss
             progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
-            _record(records, progress, engine, totals, grad_norm, validate(engine.module) if validate and is_due else None)
+            _record(records, progress, engine, totals, outcome, validate(engine.module) if validate and is_due else None)
+            if outcome.verdict.action != "take":
+                answer(outcome, engine, records, saver, tally, batch)
             found = budget.spend(totals.bad, batch.bad, engine.step)
             if leave_out and found:
                 leave_out(found)
@@ -109,10 +117,11 @@ def fit(
 
             must_stop = totals.stop or budget.is_exceeded(engine.samples_seen)
             if must_stop or engine.step % train.save_every_steps == 0 or engine.samples_seen >= train.samples:
-                checkpoint.save(engine, folder, {**batch.position._asdict(), "left_out": budget.ids}, train.keep_checkpoints)
+                saver.save(engine, {**batch.position._asdict(), "left_out": budget.ids})
             if must_stop:
                 break
         progress.end()
+        saver.finish()
         budget.check(engine.samples_seen)
         state: Literal["done", "interrupted"] = "done" if engine.samples_seen >= train.samples else "interrupted"
         records.status(state, engine.step, samples_seen=engine.samples_seen, loss=loss, reason=stop.honoured())
@@ -153,8 +162,47 @@ class BadBudget:
             )
 
 
-def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, grad_norm: float, losses: HeldOut | None) -> None:
-    figures = {"loss": totals.loss, "grad_norm": grad_norm, "lr": engine.lr}
+def accumulate(engine: Engine, batch: StepPacks, losses_of: LossesOf, flops_of: Callable[[Any], float] | None = None) -> Tally:
+    """Forward and backward over this rank's packs of a step."""
+    faults.point("step.begun")
+    tally = Tally()
+    for pack in batch.packs:
+        losses = losses_of(pack, engine.samples_seen / engine.run.train.samples)
+        engine.backward(losses.per_sample.sum(), batch.samples)
+        tally.add(pack.ids, losses, flops_of(pack) if flops_of else 0.0)
+    faults.point("step.accumulated")
+    return tally
+
+
+def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tally: Tally, batch: StepPacks) -> None:
+    """Do what the guard says of a step that it did not take as it was, and write down what is needed to run that step again.
+
+    Raises UntrustedStep on all ranks if the run must not go on.
+    """
+    step, (action, reason) = engine.step, (outcome.verdict.action, outcome.verdict.reason)
+    facts = [{"rank": distributed.rank(), "grids": [list(pack.grids) for pack in batch.packs], "samples": tally.samples()}]
+    norm = outcome.grad_norm if math.isfinite(outcome.grad_norm) else str(outcome.grad_norm)
+    record = {"step": step, "action": action, "reason": reason, "grad_norm": norm, "lr": engine.lr}
+    records.untrusted(record | {"ranks": [fact for facts in distributed.gather_json(facts) for fact in facts]})
+    if distributed.rank() == 0:
+        log.warning("step %d: %s: %s (bad_steps/step-%08d.json)", step, action, reason, step)
+    if action == "rollback":
+        saver.finish()
+        guard = engine.guard.state()
+        if checkpoint.resume(engine, records.run_dir) is None:
+            raise UntrustedStep(f"step {step}: {reason}, and there is no checkpoint to return to")
+        engine.guard.restore({name: guard[name] for name in ("judged", "bad")})
+        records.rewind(engine.step)
+    if action == "stop":
+        raise UntrustedStep(
+            f"step {step}: {reason}. {records.run_dir}/bad_steps names its samples; `dit replay {records.run_dir} {step}` runs it again. "
+            "Lower optimizer.lr, mend the data, or change guard.on_nonfinite, guard.on_spike"
+        )
+
+
+def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, outcome: Outcome, losses: HeldOut | None) -> None:
+    measured = {"loss": totals.loss, "grad_norm": outcome.grad_norm, "lr": engine.lr}
+    figures = {name: value if math.isfinite(value) else None for name, value in measured.items()}  # JSON has no NaN
     line: dict[str, Any] = {
         "step": engine.step,
         "samples_seen": engine.samples_seen,
@@ -162,6 +210,8 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
         "ids_hash": totals.ids_hash,
         "bad": totals.bad,
     }
+    if outcome.verdict.action != "take":
+        line["guard"] = outcome.verdict.action
     if losses:
         line["held_out"] = held_out.compared(losses, records.held_out)
         cells = line["held_out"]["cells"]
@@ -172,15 +222,15 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
     if not progress.is_due(engine.step):
         return
     bins = {f"train/loss_t/{name}": value for name, value in totals.bins.items()}
-    records.scalars({**{f"train/{name}": value for name, value in figures.items()}, **bins, **progress.rates()}, engine.step)
+    records.scalars({**{f"train/{name}": value for name, value in measured.items()}, **bins, **progress.rates()}, engine.step)
     records.status("running", engine.step, samples_seen=engine.samples_seen)
     if records.is_writer:
-        progress.show(engine.step, engine.samples_seen, grad_norm, engine.lr)
+        progress.show(engine.step, engine.samples_seen, outcome.grad_norm, engine.lr)
 
 
 def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, records: Records) -> None:
     with engine.ema_weights() as module:
-        videos = preview(module, engine.step) if records.is_writer else None
+        videos = preview(module, engine.step) if records.is_writer or engine.run.engine.zero_stage == 3 else None
         distributed.barrier()
     if videos is not None:
         records.videos(videos, engine.step)

@@ -77,6 +77,19 @@ class Records:
         if self._metrics:
             self._metrics.write(record)
 
+    def rewind(self, step: int) -> None:
+        """Forget the lines of `metrics.jsonl` behind `step`: their work is undone."""
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = JsonLines(self.run_dir / "metrics.jsonl", step)
+
+    def untrusted(self, record: Mapping[str, Any]) -> None:
+        """Write down a step that the guard did not take as it was, as `bad_steps/step-N.json`."""
+        if self.is_writer:
+            path = self.run_dir / "bad_steps" / f"step-{record['step']:08d}.json"
+            path.parent.mkdir(exist_ok=True)
+            _write_atomically(path, json.dumps(record, indent=1) + "\n")
+
     def bad(self, step: int, samples: list[tuple[str, str]]) -> None:
         """Unusable samples of `step`: id and reason of each."""
         if not self._bad:

@@ -4,13 +4,14 @@ Knows nothing of sharding: ZeRO hands it flat fp32 partitions in place of the pa
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dit.config.engine import OptimizerConfig
+from dit.config.engine import EMAConfig, OptimizerConfig
+from dit.engine import profiles
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,13 +27,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 class AdamWithEMA(torch.optim.AdamW):
     """Decoupled AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101, alg. 2) that averages the weights after each of its steps.
 
-    state[p]["ema"] <- beta ema + (1 - beta) p, beta = min(ema_decay, (1 + k) / (10 + k)) with k the steps taken, this one
-    included. The learning rate is zero until it is set, so that a trial step of a wrapper changes no weight.
+    state[p][kind] <- beta state[p][kind] + (1 - beta) p for each kind of average, beta as `ema_betas` says of the steps taken, this
+    one included. The learning rate is zero until it is set, so that a trial step of a wrapper changes no weight.
+    admit: asked before each step; False leaves weights and states as they are.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, ema_decay: float) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, ema: EMAConfig) -> None:
         super().__init__(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
-        self.ema_decay = ema_decay
+        self.ema = ema
+        self.admit: Callable[[], bool] = lambda: True
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
@@ -40,29 +43,42 @@ class AdamWithEMA(torch.optim.AdamW):
             group["lr"] = lr
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """Make the states of a run that has taken no step: moments zero, averages equal to the weights."""
+    def reset(self, weights: Iterable[Tensor]) -> None:
+        """Make the states of a run that has taken no step with `weights`: moments zero, averages equal to the weights."""
         self.state.clear()
-        for group in self.param_groups:
-            for p in group["params"]:
-                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-                self.state[p] = {"step": torch.tensor(0.0, device=p.device), **moments, "ema": p.detach().clone()}
+        for p in weights:
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            averages = {kind: p.detach().clone() for kind in ema_kinds(self.ema)}
+            self.state[p] = {"step": torch.tensor(0.0, device=p.device), **moments, **averages}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """AdamW step of every parameter that has a gradient, then the step of its average."""
+        """AdamW step of every parameter that has a gradient, then the step of its averages; nothing unless `admit` allows it."""
         assert closure is None, "closures are not supported"
+        if not self.admit():
+            return
         super().step()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state[p]
-                    average(state["ema"], p, ema_beta(self.ema_decay, int(state["step"])))
+                    for kind, beta in ema_betas(self.ema, int(state["step"])).items():
+                        average(state[kind], p, beta)
 
 
-def ema_beta(decay: float, k: int) -> float:
-    """Weight of the old average at step `k` (from 1): `decay`, shorter in the first steps so that the start is forgotten."""
-    return min(decay, (1 + k) / (10 + k))
+def ema_kinds(config: EMAConfig) -> list[str]:
+    """Names of the averages that a run keeps."""
+    return list(ema_betas(config, 1))
+
+
+def ema_betas(config: EMAConfig, k: int) -> dict[str, float]:
+    """Weight of the old average at step `k` (from 1), by kind.
+
+    "ema": `decay`, shorter in the first steps so that the start is forgotten. "ema_S": (1 - 1/k)^(gamma + 1), the power-function
+    profile of relative width S (Karras et al. 2023, arXiv:2312.02696, section 3.1).
+    """
+    plain = {"ema": min(config.decay, (1 + k) / (10 + k))}
+    return plain | {f"ema_{width:g}": (1 - 1 / k) ** (profiles.gamma_of(width) + 1) for width in config.sigma_rel}
 
 
 def average(ema: Tensor, weights: Tensor, beta: float) -> None:

@@ -1,5 +1,6 @@
 """The progress line: where the run is, how fast, and what it waits for."""
 
+import math
 import sys
 import time
 from typing import TextIO
@@ -50,9 +51,10 @@ class Progress:
 
     def add(self, loss: float, samples: int, seconds: float, data_seconds: float, flops: float) -> None:
         """Count one step of `samples` that took `seconds`, of them `data_seconds` waiting for data, and `flops` on all devices."""
-        self._count += 1
-        memory = min(SMOOTHING, 1 - 1 / self._count)  # the plain mean at first
-        self._loss = memory * self._loss + (1 - memory) * loss
+        if math.isfinite(loss):
+            self._count += 1
+            memory = min(SMOOTHING, 1 - 1 / self._count)  # the plain mean at first
+            self._loss = memory * self._loss + (1 - memory) * loss
         self.steps += 1
         self.samples += samples
         self.seconds += seconds

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data_pipelines.randomness import key
-from dit.engine.deepspeed import NonFinite
 from dit.runtime import distributed
 from dit.runtime.losses import Losses
 
@@ -45,8 +45,8 @@ class Tally:
         self._times.append(losses.t.detach())
         self.flops += flops
 
-    def reduce(self, step: int, samples: int, bad: Sequence[tuple[str, str]], stop: bool) -> Totals:
-        """Sum over ranks; `samples` is the global count. Raises NonFinite on all ranks, naming the samples, if any loss is not finite."""
+    def reduce(self, samples: int, bad: Sequence[tuple[str, str]], stop: bool) -> Totals:
+        """Sum over ranks; `samples` is the global count."""
         losses, times = torch.cat(self._losses).double(), torch.cat(self._times)  # (n,), (n,)
         holes = {sample for sample, _ in bad}
         real = torch.tensor([sample not in holes for sample in self._ids], device=losses.device, dtype=torch.float64)  # (n,)
@@ -57,14 +57,13 @@ class Tally:
         low, high = sum(h & 0xFFFFFF for h in hashes), sum(h >> 39 for h in hashes)  # exact in float64 for 2^29 samples
         facts = losses.new_tensor([len(bad), stop, low, high, self.flops])  # (5,)
         summed = distributed.all_reduce_sum(torch.cat([losses.sum()[None], facts, sums, counts])).tolist()
-        if not math.isfinite(summed[0]):
-            self._refuse(step, losses)
         bins = zip(summed[6 : 6 + BINS], summed[6 + BINS :], strict=True)
         named = {f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}": loss / n for i, (loss, n) in enumerate(bins) if n}
         ids_hash = f"{int(summed[4]) & 0xFFFFFF:06x}{int(summed[3]) & 0xFFFFFF:06x}"
         return Totals(summed[0] / samples, int(summed[1]), summed[2] > 0, ids_hash, summed[5], named)
 
-    def _refuse(self, step: int, losses: Tensor) -> None:
-        culprits = [sample for sample, loss in zip(self._ids, losses.tolist(), strict=True) if not math.isfinite(loss)]
-        everywhere = sorted(sample for samples in distributed.gather_json(culprits) for sample in samples)
-        raise NonFinite(f"step {step}: the loss is not finite for {len(everywhere)} samples: {', '.join(everywhere[:20])}")
+    def samples(self) -> list[dict[str, Any]]:
+        """Id, time and loss of each sample of this rank; a loss that JSON has no number for as text."""
+        losses, times = torch.cat(self._losses).tolist(), torch.cat(self._times).tolist()
+        rows = zip(self._ids, times, losses, strict=True)
+        return [{"id": i, "t": t, "loss": loss if math.isfinite(loss) else str(loss)} for i, t, loss in rows]

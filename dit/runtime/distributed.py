@@ -70,17 +70,23 @@ def barrier() -> None:
     all_reduce_sum(torch.zeros(1, device=device())).cpu()
 
 
-def gather_json(value: object) -> list[Any]:
-    """What every process says, as JSON, in the order of ranks; the same list everywhere."""
+def side_group() -> Any:
+    """A group of all processes beside the main one, on the CPU: for a second thread to talk in. Made by all ranks; None if alone."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if world_size() > 1 else None
+
+
+def gather_json(value: object, group: Any = None) -> list[Any]:
+    """What every process says, as JSON, in the order of ranks; the same list everywhere. group: a side group, or the main one."""
     if world_size() == 1:
         return [json.loads(json.dumps(value))]
-    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([len(encoded)], device=device()))
+    place = device() if group is None else torch.device("cpu")
+    encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(place)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(world_size())]
+    dist.all_gather(lengths, torch.tensor([len(encoded)], device=place), group=group)
     longest = max(int(length) for length in lengths)
     padded = torch.nn.functional.pad(encoded, (0, longest - len(encoded)))
     texts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(texts, padded)
+    dist.all_gather(texts, padded, group=group)
     return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 

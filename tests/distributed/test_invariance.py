@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.processes import Forks, metrics, train_config
 
@@ -16,8 +18,12 @@ SHAPES = {
     "1 loader worker": (1, {"data__num_workers": 1}),
     "2 loader workers": (1, {"data__num_workers": 2}),
     "2 processes with 1 loader worker each": (2, {"data__num_workers": 1}),
-    "ZeRO stage 2": (1, {"engine": {"zero_stage": 2}}),
+    "ZeRO stage 0, 2 processes": (2, {"engine": {"zero_stage": 0}}),
     "ZeRO stage 2, 2 processes": (2, {"engine": {"zero_stage": 2}}),
+    "ZeRO stage 3, 2 processes, blocks recomputed": (
+        2,
+        {"engine": {"zero_stage": 3, "whole_below": 100}, "backbone__activation_checkpointing": "full"},
+    ),
 }
 
 
@@ -55,3 +61,18 @@ def test_another_seed_is_another_run(forks: Forks, runs: dict[str, list[dict[str
     forks.run("train", str(config)).ok()
     pairs = zip(metrics(tmp_path / "seed"), runs["1 process, 4 packs each"], strict=True)
     assert all(a["ids_hash"] != b["ids_hash"] and a["loss"] != pytest.approx(b["loss"], rel=1e-3) for a, b in pairs)
+
+
+def test_previews_under_stage_3_are_those_of_one_process(forks: Forks, tmp_path: Path, latents: Path) -> None:
+    """Every rank holds a part of the averaged weights, so all draw and one writes."""
+    prompts = ["a large red disc moving right quickly near the top"]
+    preview = {"prompts": prompts, "size": [9, 32, 32], "every_steps": 6, "sampling": {"steps": 2}}
+    pictures = []
+    for name, ranks, engine in (("alone", 1, {}), ("sharded", 2, {"zero_stage": 3, "whole_below": 100})):
+        config = train_config(tmp_path / f"{name}.yaml", latents, engine=engine, preview=preview, optimizer={"lr": 0.01})
+        forks.run("train", str(config), ranks=ranks).ok()
+        pictures.append([np.asarray(Image.open(tmp_path / name / f"samples/step-{step:08d}.png")).astype(int) for step in (0, 6)])
+    (before, after), sharded = pictures
+    assert np.abs(after - before).max() > 20  # the weights have moved
+    for one, two in zip((before, after), sharded, strict=True):
+        assert np.abs(one - two).max() <= 1  # a rounding

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -84,3 +85,29 @@ def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int) -
     forks.run("distill", str(whole), ranks=ranks).ok()
     killed_and_resumed(forks, "distill", cut, ranks)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+FLOAT32_SUMS = 1e-5
+"""As in test_invariance.py: sums over ranks in another order."""
+PLACES = ((2, 1), (4, 3), (1, 2), (2, 0))
+"""World size and ZeRO stage before each kill."""
+
+
+@pytest.mark.parametrize("verb", ["train", "distill"])
+def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Path, latents: Path, teacher: Path, verb: str) -> None:
+    def config(name: str) -> Path:
+        path = tmp_path / f"{name}.yaml"
+        return train_config(path, latents, **LENGTH) if verb == "train" else distill_config(path, teacher, **LENGTH)
+
+    forks.run(verb, str(config("whole")), ranks=2).ok()
+    moved = config("moved")
+    for number, (ranks, stage) in enumerate(PLACES):
+        values = yaml.safe_load(moved.read_text()) | {"engine": {"zero_stage": stage, "whole_below": 100}}
+        moved.write_text(yaml.safe_dump(values))
+        is_last = number == len(PLACES) - 1
+        done = forks.run(verb, str(moved), ranks=ranks, fault="" if is_last else f"step.begun:{ranks - 1}:5")  # after 4 steps
+        assert done.code == (0 if is_last else -signal.SIGKILL), done.err[-3000:]
+    whole, found = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
+    assert len(found) == STEPS
+    assert [line["ids_hash"] for line in found] == [line["ids_hash"] for line in whole]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in whole], rel=FLOAT32_SUMS)

@@ -43,7 +43,7 @@ def test_a_good_config_loads_and_its_resolved_form_is_the_same_run(tmp_path: Pat
         ("optimizer.seed=1", ["did you mean train.seed"]),
         ("optimizer.lr=-1", ["optimizer.lr is -1", "greater than 0"]),
         ("optimizer.lr=fast", ["optimizer.lr is 'fast'", "number"]),
-        ("engine.zero_stage=7", ["engine.zero_stage is 7", "Allowed: 1, 2"]),
+        ("engine.zero_stage=7", ["engine.zero_stage is 7", "Allowed: 0, 1, 2, 3"]),
         ("backbone.modulation=sharde", ["did you mean shared"]),
         ("backbone.num_heads=5", ["hidden_size / num_heads = 64 / 5", "backbone"]),
         (

@@ -14,7 +14,7 @@ def test_the_page_in_docs_is_current() -> None:
 
 def test_the_page_knows_ranges_variants_and_defaults() -> None:
     text = page()
-    assert "| `zero_stage` | `1` / `2` | `1` |" in text
+    assert "| `zero_stage` | `0` / `1` / `2` / `3` | `1` |" in text
     assert "| `lr` | float > 0 | required |" in text
     assert "### ConsistencyConfig" in text
     assert text.count("### OptimizerConfig") == 1

@@ -3,14 +3,23 @@
 import os
 import random
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import UserError
-from dit.engine import checkpoint, durable
+from dit.engine import durable
+from dit.engine.engine import Fragment
+from dit.engine.saver import Saver
+
+sys.path.insert(0, str(Path(__file__).parent))
+from toy_regression import run_config
 
 
 def write(root: Path, step: int) -> Path:
@@ -106,6 +115,24 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     assert durable.retain(tmp_path, 1, newest_valid=3) == []
 
 
+def test_multiples_are_kept(tmp_path: Path) -> None:
+    for step in (2, 3, 4, 5, 6):
+        write(tmp_path, step)
+    assert durable.retain(tmp_path, 1, newest_valid=6, every=2) == [5, 3]
+    assert durable.published(tmp_path) == [6, 4, 2]
+
+
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs 931322574\.62 GiB, the disk has"):
-        checkpoint._check_space(tmp_path, 10**18)
+    with pytest.raises(UserError, match=r"a checkpoint needs 931322574\.62 GiB, the disk has"):
+        Saver(run_config(str(tmp_path)))._check_space(10**18, 1)
+
+
+def test_room_for_all_checkpoints_that_will_be_kept_is_asked_for_at_the_start(tmp_path: Path) -> None:
+    views = {"model": torch.zeros(1).expand(10**15)}
+    engine: Any = SimpleNamespace(owned=lambda: iter([Fragment("weight", 0, 10**15, views)]))
+    with pytest.raises(UserError, match=r"3 checkpoints need 11175870\.90 GiB, the disk has .* lower train\.keep_checkpoints"):
+        Saver(run_config(str(tmp_path))).check_space(engine)
+    for step in (1, 2, 3, 4):
+        write(tmp_path / "checkpoints", step)
+    with pytest.raises(UserError, match=r"a checkpoint needs 3725290\.30 GiB"):
+        Saver(run_config(str(tmp_path))).check_space(engine)

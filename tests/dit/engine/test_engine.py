@@ -65,14 +65,14 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
     root = tmp_path_factory.mktemp("engine")
     env = compilers[2]
     launch(root, 1, "parity", **env)
-    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "rotten", "full", **env)
+    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "spiking", "returned", "rotten", "full", **env)
     launch(root, 2, "killed", code=-signal.SIGKILL, **env)
     shutil.copytree(root / "whole", root / "damaged")
     flip_bit(root / "damaged/checkpoints/step-00000012/rank-00001-of-00002.safetensors", 7777)
     shutil.copytree(root / "whole", root / "lost")
     for checkpoint in (root / "lost/checkpoints").glob("step-*"):
         os.truncate(checkpoint / "state.json", 10)
-    said = launch(root, 2, "resurrected", "fallback", "unusable", **env)
+    said = launch(root, 2, "resurrected", "fallback", "unusable", "ruined", **env)
     (root / "said.txt").write_text(said)
     launch(root, 1, "elastic", **env)
     return root
@@ -107,7 +107,7 @@ def plain() -> tuple[FitRun, Net, dict[str, Tensor], list[float]]:
     return run, *reference(run, 10)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
 def test_ten_steps_equal_plain_torch(root: Path, plain: tuple[FitRun, Net, dict[str, Tensor], list[float]], world: int, stage: int) -> None:
     run, net, ema, norms = plain
@@ -120,7 +120,13 @@ def test_ten_steps_equal_plain_torch(root: Path, plain: tuple[FitRun, Net, dict[
     assert (figures["step"], figures["samples_seen"]) == (10, 10 * STEP_SAMPLES)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_step_taken_in_host_memory_is_the_same(root: Path, stage: int) -> None:
+    for kind in ("model", "ema"):
+        assert_close(weights(root, f"offloaded-{stage}", kind), weights(root, f"parity-2-{stage}-fp32", kind), ULPS)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
 def test_bfloat16_keeps_float32_masters(
     root: Path, plain: tuple[FitRun, Net, dict[str, Tensor], list[float]], world: int, stage: int
@@ -136,7 +142,7 @@ def test_bfloat16_keeps_float32_masters(
     assert json.loads((root / f"{name}.json").read_text())["norms"] == pytest.approx(norms, rel=0.01)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_checkpoint_of_another_world_size_and_stage_goes_on(root: Path, world: int, stage: int) -> None:
     for kind in ("model", "ema"):
@@ -217,3 +223,20 @@ def test_nothing_is_ever_compiled(root: Path, compilers: tuple[Path, Path, dict[
     cache, calls, _ = compilers
     assert not calls.exists(), calls.read_text()
     assert [str(path.relative_to(cache)) for path in cache.rglob("*") if path.is_file()] == ["deepspeed_shm_comm/lock"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_that_is_no_number_is_dropped_alone_and_written_down(root: Path, stage: int) -> None:
+    for precision in ("fp32", "bf16"):  # that nothing changed on any rank is asserted there, in the processes
+        folder = root / f"poisoned-{stage}-{precision}"
+        assert [(line["step"], line["guard"]) for line in lines(folder / "metrics.jsonl")] == [(2, "skip"), (3, "skip")]
+        record = json.loads((folder / "bad_steps/step-00000002.json").read_text())
+        samples = [sample for rank in record["ranks"] for sample in rank["samples"]]
+        assert [sample["id"] for sample in samples if sample["loss"] == "nan"] == ["shard-1/2-0"]
+        assert len(samples) == STEP_SAMPLES
+        assert [len(grids) for rank in record["ranks"] for grids in rank["grids"]] == [3, 5, 1, 7]
+
+
+def test_a_rollback_leaves_one_line_a_step(root: Path) -> None:
+    assert [line["step"] for line in lines(root / "returned/metrics.jsonl")] == list(range(1, 13))
+    assert json.loads((root / "returned/bad_steps/step-00000007.json").read_text())["action"] == "rollback"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dit.config.engine import OptimizerConfig
-from dit.engine.optimizer import AdamWithEMA, ema_beta, lr_at, parameter_groups
+from dit.config.engine import EMAConfig, OptimizerConfig
+from dit.engine.optimizer import AdamWithEMA, ema_betas, lr_at, parameter_groups
 
 
 def test_warm_up_and_cosine() -> None:
@@ -22,8 +22,8 @@ def test_constant_has_no_end() -> None:
 
 
 def test_average_forgets_the_start_and_then_decays() -> None:
-    assert [ema_beta(0.999, k) for k in (1, 2, 8)] == pytest.approx([2 / 11, 3 / 12, 0.5])
-    assert ema_beta(0.999, 100_000) == 0.999
+    assert [ema_betas(EMAConfig(), k)["ema"] for k in (1, 2, 8)] == pytest.approx([2 / 11, 3 / 12, 0.5])
+    assert ema_betas(EMAConfig(), 100_000)["ema"] == 0.999
 
 
 def test_only_matrices_of_layers_decay() -> None:
@@ -40,11 +40,11 @@ def test_a_trial_step_leaves_no_trace_after_reset() -> None:
     torch.manual_seed(0)
     weights = nn.Parameter(torch.randn(37))
     start = weights.detach().clone()
-    optimizer = AdamWithEMA([{"params": [weights]}], OptimizerConfig(lr=0.1, weight_decay=0.5), 0.99)
+    optimizer = AdamWithEMA([{"params": [weights]}], OptimizerConfig(lr=0.1, weight_decay=0.5), EMAConfig(decay=0.99))
     weights.grad = torch.zeros_like(weights)
-    optimizer.reset()
+    optimizer.reset(optimizer.param_groups[0]["params"])
     optimizer.step()
-    optimizer.reset()
+    optimizer.reset(optimizer.param_groups[0]["params"])
     state = optimizer.state[weights]
     assert torch.equal(weights, start)
     assert torch.equal(state["ema"], start)
@@ -56,9 +56,9 @@ def test_ten_steps_equal_plain_adamw_bit_for_bit() -> None:
     start = torch.randn(1003)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     config = OptimizerConfig(lr=0.1, weight_decay=0.5)
-    optimizer = AdamWithEMA([{"params": [ours]}], config, 0.6)
+    optimizer = AdamWithEMA([{"params": [ours]}], config, EMAConfig(decay=0.6))
     reference = torch.optim.AdamW([theirs], lr=0.1, betas=config.betas, eps=config.eps, weight_decay=0.5, fused=True)
-    optimizer.reset()
+    optimizer.reset(optimizer.param_groups[0]["params"])
     optimizer.set_lr(0.1)
     average = start.double()
     for k in range(1, 11):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import FitRun
-from dit.engine.optimizer import average, ema_beta, lr_at, parameter_groups
+from dit.engine.optimizer import average, ema_betas, lr_at, parameter_groups
 from dit.runtime.losses import Losses
 
 PACK_SIZES = (3, 5, 1, 7)
@@ -44,6 +44,13 @@ class Pack:
     x: Tensor
     ids: tuple[str, ...]
     weights: Tensor
+    breaks_gradient: bool = False
+    """A finite loss whose gradient is no number."""
+
+    @property
+    def grids(self) -> list[tuple[int, int, int]]:
+        """As if each sample were one token."""
+        return [(1, 1, 1)] * len(self.ids)
 
 
 class Place(NamedTuple):
@@ -79,7 +86,10 @@ def stream(rank: int, world: int, start: int = 0) -> Iterator[Step]:
 def losses_of(net: nn.Module, pack: Pack) -> Losses:
     """Squared error to a fixed function of the input."""
     target = torch.stack([pack.x.sum(1), pack.x[:, 0].sin(), pack.x[:, 1:3].prod(1)], dim=1)  # (n, 3)
-    return Losses((net(pack.x) - target).square().mean(1) * pack.weights, torch.linspace(0, 1, len(pack.x)))
+    answer = net(pack.x)
+    if pack.breaks_gradient:
+        answer = answer + (0 * answer).sqrt()
+    return Losses((answer - target).square().mean(1) * pack.weights, torch.linspace(0, 1, len(pack.x)))
 
 
 def run_config(out: str, **changes: Any) -> FitRun:
@@ -87,7 +97,8 @@ def run_config(out: str, **changes: Any) -> FitRun:
     values: dict[str, Any] = {
         "out": out,
         "optimizer": {"lr": 1e-2, "weight_decay": 0.3, "warmup_samples": 64, "schedule": "cosine", "max_grad_norm": 3.0},
-        "ema": {"decay": 0.7},
+        "engine": {"whole_below": 0},
+        "ema": {"decay": 0.7, "sigma_rel": [0.05, 0.1]},
         "train": {"samples": 12 * STEP_SAMPLES, "save_every_steps": 5, "log_every_steps": 3, "keep_checkpoints": 2},
     }
     values["validation"] = {"source": "unused", "every_steps": 4}
@@ -115,5 +126,5 @@ def reference(run: FitRun, steps: int) -> tuple[Net, dict[str, Tensor], list[flo
             group["lr"] = lr_at(config, (step + 1) * STEP_SAMPLES, run.train.samples)
         adam.step()
         for name, p in net.named_parameters():
-            average(ema[name], p.detach(), ema_beta(run.ema.decay, step + 1))
+            average(ema[name], p.detach(), ema_betas(run.ema, step + 1)["ema"])
     return net, ema, norms

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import random
 import resource
 import signal
 import sys
@@ -15,15 +16,17 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipelines.errors import UserError
-from dit.engine import checkpoint
-from dit.engine.deepspeed import Engine, NonFinite
+from dit.engine import checkpoint, durable
+from dit.engine.engine import Engine
+from dit.engine.guard import UntrustedStep
 from dit.engine.held_out import HeldOut
 from dit.engine.loop import FitResult, fit
-from dit.engine.optimizer import average, ema_beta
+from dit.engine.optimizer import average, ema_betas, ema_kinds
+from dit.engine.saver import Saver
 from dit.runtime import distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_regression import PACK_SIZES, Pack, Step, losses_of, new_net, run_config, stream
+from toy_regression import PACK_SIZES, STEP_SAMPLES, Pack, Step, losses_of, new_net, run_config, stream
 
 ROOT = Path(sys.argv[1])
 
@@ -37,24 +40,41 @@ def steps_from(step: int) -> Iterator[Step]:
     return stream(distributed.rank(), distributed.world_size(), step)
 
 
+def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the whole weights, on every rank; ZeRO stage 3 leaves a rank its share only."""
+    import deepspeed
+
+    parameters = dict(module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=hasattr(next(iter(parameters.values())), "ds_id")):
+        return {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def save(engine: Engine, folder: Path) -> None:
+    with Saver(engine.run.model_copy(update={"out": str(folder)})) as saver:
+        saver.save(engine, {"step": engine.step})
+
+
 def take(engine: Engine, steps: int) -> list[float]:
     """Optimizer steps without the loop."""
-    source, norms = steps_from(engine.step), []
-    for _ in range(steps):
-        batch = next(source)
-        for pack in batch.packs:
-            engine.backward(losses_of(engine.module, pack).per_sample.sum(), batch.samples)
-        norms.append(engine.optimizer_step())
-    return norms
+    source = steps_from(engine.step)
+    return [take_this(engine, next(source)) for _ in range(steps)]
+
+
+def take_this(engine: Engine, batch: Step) -> float:
+    """One optimizer step; returns the gradient norm."""
+    for pack in batch.packs:
+        engine.backward(losses_of(engine.module, pack).per_sample.sum(), batch.samples)
+    return engine.optimizer_step(0.0).grad_norm
 
 
 def dump(engine: Engine, name: str, norms: list[float] | None = None) -> None:
     """Write weights, averages and figures to OUT/name."""
-    model = {f"model/{key}": p.detach().clone() for key, p in engine.module.named_parameters()}
+    before = weights_of(engine.module)
     with engine.ema_weights() as module:
-        ema = {f"ema/{key}": p.detach().clone() for key, p in module.named_parameters()}
-    for key, p in engine.module.named_parameters():
-        assert torch.equal(p, model[f"model/{key}"]), f"{key} is not what it was before ema_weights"
+        averages = weights_of(module)
+    for key, p in weights_of(engine.module).items():
+        assert torch.equal(p, before[key]), f"{key} is not what it was before ema_weights"
+    model, ema = {f"model/{key}": p for key, p in before.items()}, {f"ema/{key}": p for key, p in averages.items()}
     if distributed.rank() == 0:
         save_file({**model, **ema}, ROOT / f"{name}.safetensors")
         (ROOT / f"{name}.json").write_text(json.dumps({"norms": norms, "step": engine.step, "samples_seen": engine.samples_seen}))
@@ -71,8 +91,8 @@ def resumed(folder: Path, **changes: dict[str, object]) -> tuple[Engine, int]:
 
 
 def parity() -> None:
-    """10 steps at both stages, in float32 and bfloat16."""
-    for stage in (1, 2):
+    """10 steps at all stages, in float32 and bfloat16."""
+    for stage in (0, 1, 2, 3):
         for precision in ("fp32", "bf16"):
             name = f"parity-{distributed.world_size()}-{stage}-{precision}"
             engine = new_engine(ROOT / name, engine={"zero_stage": stage, "precision": precision})
@@ -82,27 +102,35 @@ def parity() -> None:
                 assert torch.equal(f.views["model"], exact), f"{f.name} does not start from its float32 value"
             norms = take_and_average(engine, 10)
             dump(engine, name, norms)
-            checkpoint.save(engine, ROOT / name, {"step": engine.step}, 1)
+            save(engine, ROOT / name)
+    if distributed.world_size() == 2:
+        for stage in (2, 3):
+            engine = new_engine(ROOT / "offloaded", engine={"zero_stage": stage, "offload": "optimizer"})
+            dump(engine, f"offloaded-{stage}", take_and_average(engine, 10))
 
 
 def take_and_average(engine: Engine, steps: int) -> list[float]:
     """`take`, checking that the averages are, to the last bit, those of the weights that the steps gave."""
-    expected = {key: p.detach().clone() for key, p in engine.module.named_parameters()}
+    start, kinds = weights_of(engine.module), ema_kinds(engine.run.ema)
+    expected = {kind: {key: p.clone() for key, p in start.items()} for kind in kinds}
     norms = []
     for k in range(1, steps + 1):
         norms += take(engine, 1)
-        for key, p in engine.module.named_parameters():
-            average(expected[key], p.detach(), ema_beta(engine.run.ema.decay, k))
-    with engine.ema_weights() as module:
-        is_exact = all(torch.equal(p, expected[key]) for key, p in module.named_parameters())
-    assert is_exact or engine.run.engine.precision == "bf16", "the averages are not those of the weights"
+        for key, p in weights_of(engine.module).items():
+            for kind, beta in ema_betas(engine.run.ema, k).items():
+                average(expected[kind][key], p, beta)
+    assert len(kinds) == 3
+    for kind in kinds:
+        with engine.ema_weights(kind) as module:
+            is_exact = all(torch.equal(p, expected[kind][key]) for key, p in weights_of(module).items())
+        assert is_exact or engine.run.engine.precision == "bf16", f"the averages {kind} are not those of the weights"
     return norms
 
 
 def elastic() -> None:
     """Go on from the checkpoints of the other world size, at the other stage, for two steps."""
     world = distributed.world_size()
-    for stage in (1, 2):
+    for stage in (0, 1, 2, 3):
         engine, _ = resumed(ROOT / f"parity-{3 - world}-{3 - stage}-fp32", engine={"zero_stage": stage})
         dump(engine, f"moved-to-{world}-{stage}")
         take(engine, 2)
@@ -144,7 +172,7 @@ def whole() -> None:
 
 def killed() -> None:
     """A run that dies in step 9 without a chance to clean up."""
-    engine = new_engine(ROOT / "killed")
+    engine = new_engine(ROOT / "killed", train={"async_save": False})  # so that it is known which checkpoint there is
 
     def dying() -> Iterator[Step]:
         for batch in steps_from(0):
@@ -189,23 +217,118 @@ def stopped() -> None:
 
 
 def poisoned() -> None:
-    """One rank meets a loss, then a gradient, that is no number: all ranks say so, and the weights stay."""
-    engine = new_engine(ROOT / "poisoned")
-    take(engine, 1)
-    before = {key: p.detach().clone() for key, p in engine.module.named_parameters()}
-    batch = next(steps_from(1))
-    if distributed.rank() == distributed.world_size() - 1:
-        bad = batch.packs[0]
-        batch.packs[0] = Pack(bad.x, bad.ids, bad.weights.clone().index_fill_(0, torch.tensor([0]), float("nan")))
-    with pytest.raises(NonFinite, match=f"step 2: .* shard-1/{len(PACK_SIZES) - len(PACK_SIZES) // distributed.world_size()}-0$"):
-        run_fit(engine, ROOT / "poisoned", iter([batch]))
-    batch = next(steps_from(1))
-    for pack in batch.packs:
-        huge = 1e30 if distributed.rank() == 0 else 1.0
-        engine.backward(losses_of(engine.module, pack).per_sample.sum() * huge, batch.samples)
-    with pytest.raises(NonFinite, match="step 2: the gradients"):
-        engine.optimizer_step()
-    assert all(torch.equal(p, before[key]) for key, p in engine.module.named_parameters())
+    """One rank meets a loss, then a gradient, that is no number: at every stage all ranks drop exactly that step."""
+    norms = {}
+    for stage in (0, 1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            folder = ROOT / f"poisoned-{stage}-{precision}"
+            engine = new_engine(folder, engine={"zero_stage": stage, "precision": precision})
+            norms[f"{stage}-{precision}"] = [take(engine, 1)]
+            before = weights_of(engine.module)
+            with engine.ema_weights() as module:
+                averages = weights_of(module)
+            run_fit(engine, folder, poisoned_steps())
+            assert (engine.step, engine.skipped, engine.samples_seen) == (3, 2, 3 * STEP_SAMPLES)
+            assert_equal(weights_of(engine.module), before)
+            with engine.ema_weights() as module:
+                assert_equal(weights_of(module), averages)
+            take(engine, 1)
+            assert engine.skipped == 2
+            assert not torch.equal(weights_of(engine.module)["inner.weight"], before["inner.weight"])
+    engine = new_engine(ROOT / "poisoned-stop", guard={"on_nonfinite": "stop"})
+    engine.step = 1
+    with pytest.raises(UntrustedStep, match="step 2: the loss is not finite"):
+        run_fit(engine, ROOT / "poisoned-stop", poisoned_steps())
+
+
+def poisoned_steps() -> Iterator[Step]:
+    """Step 2, with a loss on the last rank that is no number; step 3, with gradients of the first rank that are none. Then the end."""
+    for number in (1, 2):
+        batch = next(steps_from(number))
+        first = batch.packs[0]
+        if number == 1 and distributed.rank() == distributed.world_size() - 1:
+            batch.packs[0] = replace(first, weights=first.weights.clone().index_fill_(0, torch.tensor([0]), float("nan")))
+        if number == 2 and distributed.rank() == 0:
+            batch.packs[0] = replace(first, breaks_gradient=True)
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+
+def spiking() -> None:
+    """A gradient ten thousand times its size enters the moments with the norm that the guard allows, at every stage."""
+    for stage in (0, 1, 2, 3):
+        engine = new_engine(ROOT / "spiking", engine={"zero_stage": stage}, guard={"window": 8}, optimizer={"max_grad_norm": 100.0})
+        take(engine, 5)
+        limit = engine.guard.max_norm(engine.run.optimizer.max_grad_norm)
+        assert limit < 0.9 * engine.run.optimizer.max_grad_norm, "the guard should be stricter than the configured norm"
+        before = [f.views["exp_avg"].clone() for f in engine.owned()]
+        batch = next(steps_from(5))
+        norm = take_this(engine, replace(batch, packs=[replace(pack, weights=pack.weights * 1e4) for pack in batch.packs]))
+        assert norm > 1000
+        beta = engine.run.optimizer.betas[0]
+        entered = [(f.views["exp_avg"] - beta * old) / (1 - beta) for f, old in zip(engine.owned(), before, strict=True)]
+        square = distributed.all_reduce_sum(sum((part.square().sum() for part in entered), torch.zeros(())))
+        assert float(square) ** 0.5 == pytest.approx(limit, rel=1e-4)
+
+
+def returned() -> None:
+    """A loss that is no number in step 7 sends the run back to step 5; it goes on with the data behind step 7."""
+    order = [0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 13]
+    expected = new_engine(ROOT / "unused")
+    source = {number: next(steps_from(number)) for number in range(14)}
+    for number in order:
+        take_this(expected, source[number])
+    engine = new_engine(ROOT / "returned", guard={"on_nonfinite": "rollback"})
+
+    def with_a_hole() -> Iterator[Step]:
+        for number in range(14):
+            batch = source[number]
+            if number == 6 and distributed.rank() == 0:
+                first = batch.packs[0]
+                batch = replace(batch, packs=[replace(first, weights=first.weights * float("inf")), *batch.packs[1:]])
+            yield batch
+
+    result = run_fit(engine, ROOT / "returned", with_a_hole())
+    assert (result.state, result.step, engine.skipped) == ("done", 12, 0), result
+    assert_equal(weights_of(engine.module), weights_of(expected.module))
+    assert engine.guard.bad == [7]
+
+
+def ruined() -> None:
+    """200 damages of the newest checkpoint: each is found by both ranks before anything is touched, and both take the one before."""
+    root, generator = ROOT / "whole" / "checkpoints", random.Random(0)
+    folder = durable.step_folder(root, 12)
+    files = sorted(folder.iterdir())
+    intact = {path: path.read_bytes() for path in files}
+    engine = new_engine(ROOT / "whole")
+    untouched = weights_of(engine.module)
+    for trial in range(200):
+        path, how = files[trial % len(files)], generator.choice(["flip", "flip", "cut", "delete"])
+        data, place = bytearray(intact[path]), generator.random()
+        if distributed.rank() == 0:
+            if how == "flip":
+                data[int(place * len(data))] ^= 1 << generator.randrange(8)
+            path.write_bytes(data[: int(place * len(data))] if how == "cut" else data)
+            if how == "delete":
+                path.unlink()
+        distributed.barrier()
+        assert checkpoint._newest_valid(root, distributed.rank(), distributed.world_size()) == 10, f"{how} of {path} at {place}"
+        distributed.barrier()
+        if distributed.rank() == 0:
+            path.write_bytes(intact[path])
+    assert_equal(weights_of(engine.module), untouched)
+    for hint in (None, "", "step-00000099\n", "nonsense"):  # a pointer that lies changes nothing
+        if distributed.rank() == 0:
+            (root / "latest").unlink(missing_ok=True)
+            if hint is not None:
+                (root / "latest").write_text(hint)
+        distributed.barrier()
+        assert checkpoint.resume(engine, ROOT / "whole") == {"step": 12}
+
+
+def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert all(torch.equal(p, expected[key]) for key, p in got.items())
 
 
 def rotten() -> None:
@@ -227,19 +350,19 @@ def rotten() -> None:
 
 def full() -> None:
     """The disk of the last rank takes no more: nobody hangs, nothing is published, the last checkpoint stays."""
-    engine = new_engine(ROOT / "full")
+    engine = new_engine(ROOT / "full", train={"keep_checkpoints": 1})
     take(engine, 1)
-    checkpoint.save(engine, ROOT / "full", {"step": 1}, 1)
+    save(engine, ROOT / "full")
     take(engine, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if distributed.rank() == distributed.world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     with pytest.raises(UserError, match=f"cannot write a checkpoint to .* rank {distributed.world_size() - 1}: "):
-        checkpoint.save(engine, ROOT / "full", {"step": 2}, 1)
+        save(engine, ROOT / "full")
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     distributed.barrier()
     assert sorted(path.name for path in (ROOT / "full/checkpoints").iterdir()) == ["latest", "step-00000001"]
-    checkpoint.save(engine, ROOT / "full", {"step": 2}, 1)
+    save(engine, ROOT / "full")
     assert [path.name for path in (ROOT / "full/checkpoints").glob("step-*")] == ["step-00000002"]
 
 
@@ -255,12 +378,12 @@ def unusable() -> None:
     found = {}
     for name, width in (("lost", 11), ("whole", 13)):
         engine = new_engine(ROOT / name, width)
-        before = [p.detach().clone() for p in engine.module.parameters()]
+        before = weights_of(engine.module)
         try:
             checkpoint.resume(engine, ROOT / name)
         except UserError as error:
             found[name] = {"code": error.exit_code, "text": str(error)}
-        assert all(torch.equal(p, q) for p, q in zip(before, engine.module.parameters(), strict=True))
+        assert_equal(weights_of(engine.module), before)
     if distributed.rank() == 0:
         (ROOT / "unusable.json").write_text(json.dumps(found))
 

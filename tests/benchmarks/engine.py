@@ -1,0 +1,313 @@
+"""What the engine costs, as ratios measured side by side in one run. Prints Markdown tables.
+
+    python tests/benchmarks/engine.py step
+    torchrun --nproc_per_node 2 tests/benchmarks/engine.py zero
+    python tests/benchmarks/engine.py checkpoint [FOLDER]
+
+Contestants take turns, step by step, so that a busy machine slows all of them; a figure is the median of the ratios of the turns
+(of disks: the ratio of the best turns).
+Times are CPU times of the process where only computing is compared, and wall times where disks or messages are.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dit.config import FitRun
+from dit.engine import checkpoint, durable
+from dit.engine.engine import Engine
+from dit.engine.loop import fit
+from dit.engine.optimizer import parameter_groups
+from dit.engine.saver import Saver
+from dit.runtime import distributed
+from dit.runtime.losses import Losses
+
+
+class Net(nn.Module):
+    """A residual perceptron; `width` and `depth` set its weight, the batch its time."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class Pack(NamedTuple):
+    x: Tensor
+    ids: tuple[str, ...]
+    grids: list[tuple[int, int, int]]
+
+
+class Place(NamedTuple):
+    step: int
+
+
+class Step(NamedTuple):
+    packs: list[Pack]
+    samples: int
+    position: Place
+    bad: list[tuple[str, str]]
+
+
+def make(width: int, depth: int) -> Net:
+    torch.manual_seed(0)
+    return Net(width, depth)
+
+
+def pack_of(samples: int, tokens: int, width: int) -> Pack:
+    return Pack(torch.randn(samples, tokens, width), tuple(f"s{i}" for i in range(samples)), [(1, 1, tokens)] * samples)
+
+
+def losses_of(module: nn.Module, pack: Pack) -> Losses:
+    return Losses((module(pack.x) - pack.x.roll(1, 1)).square().mean((1, 2)), torch.linspace(0, 1, len(pack.x)))
+
+
+def config(out: str, **changes: object) -> FitRun:
+    values: dict[str, object] = {"out": out, "optimizer": {"lr": 1e-4}, "train": {"samples": 10**9, "save_every_steps": 10**6}}
+    return FitRun.model_validate(values | changes)
+
+
+class Bare:
+    """Plain torch: fused AdamW, clipping, one average; DistributedDataParallel if there are several ranks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = nn.parallel.DistributedDataParallel(module) if distributed.world_size() > 1 else module
+        self.parameters = list(module.parameters())
+        self.optimizer = torch.optim.AdamW(parameter_groups(module, 0.0), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.ema = [p.detach().clone() for p in self.parameters]
+
+    def step(self, pack: Pack) -> None:
+        self.optimizer.zero_grad()
+        losses_of(self.module, pack).per_sample.mean().backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.parameters], 1e-3)
+
+
+def table(title: str, rows: list[tuple[str, ...]]) -> None:
+    head, *body = rows
+    if distributed.rank() == 0:
+        print(f"\n{title}\n\n| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+        print("\n".join("| " + " | ".join(row) + " |" for row in body), flush=True)
+
+
+def step() -> None:
+    """The whole loop, with records and guard, against a bare one; the average apart."""
+    rows = [one_size(width, samples) for width, samples in ((256, 2), (256, 24))]
+    head = ("step of the bare loop", "fit / bare", "average / step")
+    table("One process: `fit` (records, guard, tally) against a bare torch loop with clipping and one average", [head, *rows])
+
+
+def one_size(width: int, samples: int) -> tuple[str, ...]:
+    """A row: how long a bare step takes, how much longer `fit` takes, and what the average takes of it. CPU times."""
+    bare, pack = Bare(make(width, 4)), pack_of(samples, 64, width)
+    ours: list[float] = []
+    theirs: list[float] = []
+    with tempfile.TemporaryDirectory() as out:
+        engine = Engine(make(width, 4), config(out), 1)
+
+        def turns() -> Iterator[Step]:
+            for number in range(40):
+                start = time.process_time()
+                bare.step(pack)
+                theirs.append(time.process_time() - start)
+                if number == 39:
+                    Path(out, "STOP").touch()
+                start = time.process_time()
+                yield Step([pack], samples, Place(number), [])
+                ours.append(time.process_time() - start)
+
+        fit(engine.run, engine, turns(), lambda pack, progress: losses_of(engine.module, pack), max_bad_fraction=1.0)
+    state, start = engine._optimizer.state, time.process_time()
+    for _ in range(20):
+        for master in engine._shards.masters:
+            state[master]["ema"].lerp_(master.data, 1e-3)
+    average = (time.process_time() - start) / 20
+    ratios = [a / b for a, b in zip(ours[5:], theirs[5 : len(ours)], strict=True)]
+    usual = median(theirs[5:])
+    return f"{1000 * usual:.0f} ms", f"{median(ratios):.3f}", f"{average / usual:.1%}"
+
+
+def zero() -> None:
+    """ZeRO stages against DistributedDataParallel, over the ranks that there are."""
+    width, depth, samples = 384, 6, 4
+    pack = pack_of(samples, 64, width)
+    bare = Bare(make(width, depth))
+    engines = {stage: Engine(make(width, depth), config("unused", engine={"zero_stage": stage}), 1) for stage in (0, 1, 2, 3)}
+
+    def take(engine: Engine) -> None:
+        losses = losses_of(engine.module, pack).per_sample
+        engine.backward(losses.sum(), samples * distributed.world_size())
+        engine.optimizer_step(1.0)
+
+    contestants: dict[str, Callable[[], object]] = {"DDP": lambda: bare.step(pack)}
+    contestants |= {f"ZeRO-{stage}": lambda engine=engine: take(engine) for stage, engine in engines.items()}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(25):
+        for name, run in contestants.items():
+            distributed.barrier()
+            start = time.perf_counter()
+            run()
+            distributed.barrier()
+            times[name].append(time.perf_counter() - start)
+    rows: list[tuple[str, ...]] = [("", "wall time of a step", "/ DDP")]
+    for name, found in times.items():
+        ratios = [a / b for a, b in zip(found[5:], times["DDP"][5:], strict=True)]
+        rows.append((name, f"{1000 * median(found[5:]):.0f} ms", f"{median(ratios):.2f}"))
+    size = sum(p.numel() for p in bare.parameters) / 1e6
+    table(f"{distributed.world_size()} ranks on gloo, {size:.1f} M parameters, float32", rows)
+
+
+def checkpoint_() -> None:
+    """Saving and loading against the disk, and against what others do with as many bytes."""
+    with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder:
+        in_folder(Path(folder))
+
+
+def in_folder(base: Path) -> None:
+    module = make(1024, 3)
+    run = config(str(base / "run"), train={"samples": 1, "keep_checkpoints": 1, "async_save": False})
+    later = run.model_copy(update={"out": str(base / "later"), "train": run.train.model_copy(update={"async_save": True})})
+    engine = Engine(module, run, 1)
+    losses = losses_of(module, pack_of(1, 4, 1024)).per_sample
+    engine.backward(losses.sum(), 1)
+    engine.optimizer_step(1.0)
+    views = {f"{kind}/{f.name}": view for f in engine.owned() for kind, view in f.views.items()}
+    size = sum(view.nbytes for view in views.values())
+    raw, sync, pause = base / "raw", Saver(run), Saver(later)
+
+    def write_raw() -> None:  # beside the old file, as whoever wants to keep one must
+        with raw.with_suffix(".new").open("wb", buffering=0) as file:
+            for view in views.values():
+                file.write(memoryview(view.numpy()).cast("B"))
+            os.fsync(file.fileno())
+        raw.with_suffix(".new").replace(raw)
+
+    def flushed(path: Path) -> None:
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+
+    def torch_save() -> None:
+        torch.save(dict(views), base / "torch.pt")
+        flushed(base / "torch.pt")
+
+    def dcp() -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(dict(views), checkpoint_id=base / "dcp")
+        flushed(base / "dcp")
+
+    theirs = deepspeed_engine(make(1024, 3))
+
+    def deepspeed() -> None:
+        theirs.save_checkpoint(str(base / "deepspeed"))
+        flushed(base / "deepspeed")
+
+    stalls: list[float] = []
+
+    def save_later() -> None:
+        start = time.perf_counter()
+        pause.save(engine, {"step": 1})
+        stalls.append(time.perf_counter() - start)
+        pause.finish()
+
+    savers: dict[str, Callable[[], object]] = {
+        "raw write and fsync": write_raw,
+        "save": lambda: sync.save(engine, {"step": 1}),
+        "save while training goes on": save_later,
+        "torch.save and fsync": torch_save,
+        "dcp.save and fsync": dcp,
+        "DeepSpeed save_checkpoint and fsync": deepspeed,
+    }
+    times = turns(savers, "raw write and fsync", 6)
+    table(f"Saving {size / 1e6:.0f} MB", rows_of(times, size))
+    stall, whole = min(stalls[1:]), min(own for _, own in times["save"])
+    table("What training waits for", [("stall / save", "stall"), (f"{stall / whole:.3f}", f"{1000 * stall:.0f} ms")])
+
+    def read_raw() -> None:
+        with raw.open("rb", buffering=0) as handle:
+            block = bytearray(1 << 24)
+            while handle.readinto(block):
+                pass
+
+    folder = durable.step_folder(base / "run" / "checkpoints", engine.step)
+    loaders: dict[str, tuple[Path, Callable[[], object]]] = {
+        "raw read": (raw, read_raw),
+        "verify": (folder, lambda: durable.problems(folder)),
+        "verify and load": (folder, lambda: checkpoint.resume(engine, base / "run")),
+    }
+    times = turns({name: action for name, (_, action) in loaders.items()}, "raw read", 6, lambda name: forget(loaders[name][0]))
+    table("Loading it again, its pages dropped from the cache", rows_of(times, size))
+
+
+def deepspeed_engine(module: nn.Module) -> Any:
+    """DeepSpeed alone, stage 1, with weights, master weights and two moments: as many bytes as ours."""
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    options = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=options)
+    engine.backward(engine(torch.randn(1, 4, 1024)).sum())
+    engine.step()
+    return engine
+
+
+def forget(path: Path) -> None:
+    """Drop the clean pages of `path` from the page cache."""
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def turns(
+    contestants: dict[str, Callable[[], object]], peer: str, count: int, before: Callable[[str], None] = lambda name: None
+) -> dict[str, list[tuple[float, float]]]:
+    """Wall times of `count` turns after one that does not count, each with that of the peer right before it."""
+
+    def timed(name: str) -> float:
+        before(name)
+        start = time.perf_counter()
+        contestants[name]()
+        return time.perf_counter() - start
+
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    for turn in range(count + 1):
+        for name in contestants:
+            pair = (timed(peer), timed(name))
+            if turn:
+                times[name].append(pair)
+    return times
+
+
+def rows_of(times: dict[str, list[tuple[float, float]]], size: int) -> list[tuple[str, ...]]:
+    """Best wall time, rate, and speed relative to the best of the peer: others' use of the disk only ever adds to a time."""
+    rows: list[tuple[str, ...]] = [("", "best time", "MB/s", "relative speed")]
+    peer = min(before for pairs in times.values() for before, _ in pairs)
+    for name, pairs in times.items():
+        best = min(own for _, own in pairs)
+        rows.append((name, f"{best:.2f} s", f"{size / 1e6 / best:.0f}", f"{peer / best:.2f}"))
+    return rows
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.init()
+    {"step": step, "zero": zero, "checkpoint": checkpoint_}[sys.argv[1]]()
+    distributed.shutdown()
