@@ -21,7 +21,8 @@ def curves(run: Path) -> tuple[Series, Series]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["samples_seen"], line["loss"]) for line in lines if "loss" in line]
     means = np.array(steps[: len(steps) // MEAN_OF * MEAN_OF]).reshape(-1, MEAN_OF, 2).mean(1)
-    return [(x, y) for x, y in means], [(line["samples_seen"], line["held_out"]["cells"]["all"]["loss"]) for line in lines if "held_out" in line]
+    held_out = [(line["samples_seen"], line["held_out"]["cells"]["all"]["loss"]) for line in lines if "held_out" in line]
+    return [(x, y) for x, y in means], held_out
 
 
 def draw(runs: list[Path], out: Path) -> None:

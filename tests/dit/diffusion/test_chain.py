@@ -51,7 +51,13 @@ def test_schedules_are_those_of_the_papers(schedule: str) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "digest"),
-    [("linear", "8ce29c3a364dd353"), ("scaled_linear", "dcdb06212970741d"), ("cosine", "9f54832523835394"), ("sigmoid", "92633e45cb1fa0c7"), ("saturating", "1ab7dae9eb06ba31")],
+    [
+        ("linear", "8ce29c3a364dd353"),
+        ("scaled_linear", "dcdb06212970741d"),
+        ("cosine", "9f54832523835394"),
+        ("sigmoid", "92633e45cb1fa0c7"),
+        ("saturating", "1ab7dae9eb06ba31"),
+    ],
 )
 def test_tables_of_the_schedules_are_the_golden_ones(schedule: str, digest: str) -> None:
     """To ten digits: what was trained on a schedule must find the same one later."""
@@ -176,9 +182,7 @@ def test_importance_weighted_bound_falls_to_the_likelihood_of_the_model() -> Non
             weights = weights - log_normal(x, true, back.small)
         weights = weights + log_normal(x if i > 1 else latents, mean, back.large)
     bits = -1 / (2 * math.log(2))
-    bounds = [
-        bits * float((weights.reshape(len(latents), -1, k).logsumexp(2) - math.log(k)).mean()) for k in (1, 4, 16, most)
-    ]
+    bounds = [bits * float((weights.reshape(len(latents), -1, k).logsumexp(2) - math.log(k)).mean()) for k in (1, 4, 16, most)]
     limit = bits * float(log_normal(batch.tokens.double(), torch.zeros(1, dtype=torch.float64), variance).mean())
     assert bounds == sorted(bounds, reverse=True)
     assert bounds[0] > limit + 0.01
