@@ -37,7 +37,7 @@ def draw(runs: list[Path], out: Path) -> None:
         x, y = point[0] / most, (np.log(point[1]) - low) / (high - low)
         return LEFT + x * (WIDTH - LEFT - 12), HEIGHT - BOTTOM - y * (HEIGHT - BOTTOM - TOP)
 
-    for tick in [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)]:
+    for tick in [m * 10.0**e for e in range(-4, 4) for m in (1, 1.5, 2, 3, 5, 7)]:
         if low <= np.log(tick) <= high:
             y = place((0, tick))[1]
             ink.line((LEFT, y, WIDTH - 12, y), fill="gainsboro")
