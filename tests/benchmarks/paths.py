@@ -38,7 +38,7 @@ def main() -> None:
     """Make the data, train every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=9_600, help="training clips of each method (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=240, help="judged clips of each kind of captions (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=120, help="judged clips of each kind of captions (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/paths"), help="folder of all results (default: %(default)s)")
     options = parser.parse_args()
     out, judged = options.out, []
