@@ -11,8 +11,9 @@ from torch import Tensor
 from data_pipelines import randomness
 from dit.config.objective import DiffusionConfig, WeightingConfig
 from dit.diffusion import Regression, build_objective
-from dit.diffusion.ground_truth import GaussianMixture, pack_of_points
+from dit.diffusion.ground_truth import GaussianMixture, pack_of_points, points
 from dit.diffusion.paths import Quantity
+from dit.diffusion.weighting import weight_of
 
 NULL = torch.zeros(1, 4)
 PREDICTIONS = get_args(Quantity)
@@ -95,3 +96,20 @@ def test_the_exact_prediction_has_the_least_loss(path: str, prediction: Quantity
     best = loss(1.0)
     assert best < loss(0.9)
     assert best < loss(1.1)
+
+
+def test_v_on_vp_edm_and_trigflow_are_one_regression() -> None:
+    """At one b / a, on data of unit deviation: the same input, the same target up to its sign, the same weight; only t has another name."""
+    latents, noise = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sigma, cond = torch.tensor([0.05, 0.3, 1.0, 4.0, 60.0], dtype=torch.float64), points(5)
+    seen = []
+    for path, prediction, weighting in [("vp", "v", "constant"), ("edm", "edm", "edm"), ("trigflow", "v", "constant")]:
+        built = objective(path={"name": path}, prediction=prediction, weighting={"name": weighting})
+        t = built.path.level_of(sigma)
+        scale, x_t = built.path.input_scale(t), built.path.interpolate(latents, noise, t, cond)
+        target = built.path.target(built.config.prediction, latents, noise, t, cond) * (-1 if prediction == "edm" else 1)
+        space, weight = weight_of(built.config.weighting, built.config.prediction, built.path, t)
+        weight = weight * built.path.conversion(built.config.prediction, space, t)[1].square()
+        seen.append(torch.cat([x_t if scale is None else scale[:, None] * x_t, target, weight[:, None]], dim=1))
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(seen[0], seen[2], atol=1e-9, rtol=1e-6)
