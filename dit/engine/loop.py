@@ -17,7 +17,7 @@ from dit.engine.held_out import HeldOut
 from dit.engine.metrics import Records
 from dit.engine.progress import Progress, peak_flops
 from dit.engine.tally import Tally, Totals
-from dit.runtime import distributed
+from dit.runtime import distributed, heartbeat
 from dit.runtime.losses import Losses
 from dit.runtime.signals import StopSignals
 
@@ -85,6 +85,7 @@ def fit(
         if preview and engine.step == 0:
             _draw(preview, engine, records)
         while engine.samples_seen < train.samples:
+            heartbeat.beat(engine.step, "step")
             started = time.perf_counter()
             batch = next(steps)
             waited = time.perf_counter() - started
