@@ -46,6 +46,7 @@ VERBS = {
 }
 PLAIN_VERBS = {
     "demo": ("train, distil and sample a small video model on moving shapes, from nothing", "dit demo --out runs/demo"),
+    "doctor": ("is this machine fit for a run? under torchrun: are they all?", "dit doctor configs/train/videos.yaml"),
     "data": ("curate, make, check and show shards", "dit data ingest photos/ shards/photos"),
 }
 
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] == "data":
         return int(importlib.import_module("data_pipelines.__main__").main(arguments[1:]) or 0)
-    if arguments and arguments[0] == "demo":
-        return int(importlib.import_module("dit.demo").main(arguments[1:]) or 0)
+    if arguments and arguments[0] in PLAIN_VERBS:
+        return int(importlib.import_module(f"dit.{arguments[0]}").main(arguments[1:]) or 0)
     options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
     verb = VERBS[options.verb]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from data_pipelines.config import Section
 
+Word = Annotated[str, Field(pattern=r"^\S+$")]
 Line = Annotated[str, Field(pattern=r"^[^\n\r]+$")]
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "TORCH_EXTENSIONS_DIR": "extensions"}
 
@@ -20,10 +21,10 @@ CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "
 class Site(Section):
     """A cluster, and how much of it a run takes. Keys are changed on the command line by `site.KEY=VALUE`."""
 
-    partition: Line | None = None
-    account: Line | None = None
-    qos: Line | None = None
-    time_limit: Annotated[str, Field(pattern=r"^(\d+|(\d+-)?\d+:\d+(:\d+)?)$")]
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    time_limit: Annotated[str, Field(pattern=r"^\d+(:\d+){0,2}$|^\d+-\d+(:\d+){0,2}$")]
     """As sbatch takes it, "8:00:00" or "2-00:00:00" (quoted, since YAML reads 8:00:00 as a number). A run that is not done goes on in the
     next job of its own accord."""
     nodes: PositiveInt = 1
@@ -31,28 +32,28 @@ class Site(Section):
     tasks_per_node: PositiveInt | None = None
     """Ranks of a node; None for one a GPU, or one."""
     cpus_per_task: PositiveInt = 1
-    memory: Line | None = None
+    memory: Word | None = None
     """Of a node, as `--mem` takes it."""
     requeue: bool = True
     """Go back to the queue after a time limit, a preemption or the loss of a node."""
     grace_seconds: PositiveInt = 120
     """Warning before the time limit, for the last checkpoint, until the run has shown how long its steps and saves are."""
-    setup: list[str] = []
+    setup: tuple[str, ...] = ()
     """Lines of shell before anything else: modules, the environment of the project."""
     python: Line = "python"
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = {}
-    interface: Line | None = None
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default={})
+    interface: Word | None = None
     """Network interface of NCCL and gloo between nodes."""
     local_cache: Line | None = "/tmp"
     """Folder of each node's own disk for compiled kernels; None leaves them where the libraries put them."""
-    logs: Line = "logs"
+    logs: Word = "logs"
     """Folder of job logs, from where the job is submitted. A requeued job appends to its log."""
-    options: list[Line] = []
+    options: tuple[Line, ...] = ()
     """Further options of sbatch, such as "--reservation=video"."""
 
     @field_validator("options")
     @classmethod
-    def _are_options(cls, options: list[str]) -> list[str]:
+    def _are_options(cls, options: tuple[str, ...]) -> tuple[str, ...]:
         for option in options:
             if not re.match(r"^--?\w", option):
                 raise ValueError(f"got {option!r}, expected an option of sbatch such as --reservation=video")
@@ -89,7 +90,7 @@ def script(site: Site, name: str, folder: Path, runs: Sequence[tuple[Path, Seque
 
 def _options(site: Site, name: str, tasks: int, grace: int) -> list[str]:
     options: dict[str, object] = {
-        "job-name": name,
+        "job-name": re.sub(r"\s+", "-", name),
         "partition": site.partition,
         "account": site.account,
         "qos": site.qos,

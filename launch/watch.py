@@ -52,11 +52,13 @@ class Watch:
     def complaint(self) -> tuple[str, list[int]] | None:
         """What is wrong and with which ranks, or None."""
         now = self._looked
-        stepping = {rank for rank, pulse in self.pulses.items() if pulse["phase"] == "step"}
+        stepping = {rank for rank, pulse in self.pulses.items() if pulse["phase"] == "step" and _is_there(pulse)}
         silent = {
             rank: now - self._ticked[rank]
             for rank, pulse in self.pulses.items()
-            if pulse["phase"] != "end" and now - self._ticked[rank] > (self.patience.frozen if rank in stepping else self.patience.starting)
+            if pulse["phase"] != "end"
+            and _is_there(pulse)
+            and now - self._ticked[rank] > (self.patience.frozen if rank in stepping else self.patience.starting)
         }
         if silent:
             return "; ".join(f"{self.name(rank)} is frozen: no sign of life for {silent[rank]:.1f} s" for rank in silent), list(silent)
@@ -100,6 +102,11 @@ class Watch:
 
     def _stacks(self, rank: int) -> Path:
         return self.folder / f"stacks-{rank:05d}.txt"
+
+
+def _is_there(pulse: Pulse) -> bool:
+    """False for a rank of this machine that is no more: an elastic launcher may give its work to a rank of another number."""
+    return pulse["slurm_step"] is not None or Path(f"/proc/{pulse['pid']}").exists()
 
 
 def slurm_job(env: "os._Environ[str] | dict[str, str]") -> str | None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -68,11 +69,12 @@ def test_preempted_and_out_of_time_without_a_lost_step(cluster: Cluster, forks: 
     minutes = 1 + int(cluster.job(job)["RunTime"].split(":")[1])
     cluster.tell("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     wait_for(lambda: len(recorded(run)) == 2)
+    cluster.tell("scontrol", "update", f"JobId={job}", "TimeLimit=20")
 
     assert ended(cluster, job) == "COMPLETED", log(config)
     attempts = recorded(run)
     assert [attempt.code for attempt in attempts] == [0] * len(attempts)
-    for before, after in zip(attempts, attempts[1:]):
+    for before, after in pairwise(attempts):
         assert before.reached is not None
         assert after.began == before.reached + 1, "it goes on behind the last step that was done"
     assert int(cluster.job(job)["Restarts"]) == len(attempts) - 1 >= 2
@@ -95,7 +97,8 @@ def test_a_rank_that_is_lost_costs_a_restart_within_the_job(
     os.kill(json.loads((run / "heartbeats" / f"slurm-{job}" / "rank-00001.json").read_text())["pid"], number)
     assert ended(cluster, job) == "COMPLETED", log(config)
     first, second = recorded(run)
-    assert (first.code, second.code) == (137, 0), log(config)
+    assert first.code in (137, 143), log(config)  # srun tells of the rank, or of those that it ended for it
+    assert second.code == 0, log(config)
     assert second.began
     assert second.began % 20 == 0
     assert ("rank 1 (process" in log(config)) == (number == signal.SIGSTOP)
