@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data_pipelines.errors import UserError
 from dit.config import DistillRun, EncodeRun, TrainRun
@@ -17,7 +18,7 @@ from dit.config.load import load_run
 from launch import attempts, slurm
 from launch.slurm import Site
 
-VERBS = {"train": TrainRun, "distill": DistillRun, "encode": EncodeRun}
+VERBS: dict[str, Any] = {"train": TrainRun, "distill": DistillRun, "encode": EncodeRun}
 
 
 def rendered(verb: str, config: str, overrides: Sequence[str], sweep: Sequence[Sequence[str]], site: Site) -> str:
@@ -28,6 +29,8 @@ def rendered(verb: str, config: str, overrides: Sequence[str], sweep: Sequence[S
         run = load_run(VERBS[verb], config, changes)
         runs.append((Path(run.out), (verb, config, *changes)))
         _check_processes(run, site)
+        if "://" in run.out:
+            raise UserError(f"out={run.out}: expected a folder that all nodes see; the supervisor and the ranks meet there")
     if len({folder for folder, _ in runs}) < len(runs):
         raise UserError("two tasks of the sweep have one `out`: give each line its own, as in out=runs/lr1e-3 optimizer.lr=1e-3")
     grace = max(round(attempts.grace(folder, site.grace_seconds)) for folder, _ in runs)

@@ -20,7 +20,7 @@ def test_packages_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert package(Requirement("whole>=2")).fix is None
-    assert "cannot be imported: OSError: ['libwhat.so.13: not there']" in package(Requirement("broken")).finding
+    assert "cannot be imported: OSError: libwhat.so.13: not there" in package(Requirement("broken")).finding
     assert package(Requirement("old>=1.5")).finding == "0.9, >=1.5 wanted"
     assert package(Requirement("nowhere>=1")).fix == "pip install --force-reinstall 'nowhere>=1'"
 
