@@ -15,7 +15,7 @@ from tests.processes import ENVIRONMENT, Forks, metrics, train_config, wait_for
 
 WHY_NOT = "needs root" if os.geteuid() else "no ip: apt-get install iproute2" if shutil.which("ip") is None else ""
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
-STEPS = 600
+STEPS = 240
 LENGTH = {"train__samples": 16 * STEPS, "train__save_every_steps": 20}
 HOSTS = ("10.77.0.1", "10.77.0.2")
 
@@ -26,16 +26,16 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[str, str]]:
-    """Names of two namespaces, joined by one link between `link` of each."""
+    """Names of two namespaces, joined by one link between `wire` of each."""
     names = (f"dit{os.getpid()}a", f"dit{os.getpid()}b")
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "link", "netns", names[0], "type", "veth", "peer", "name", "link", "netns", names[1])
+        ip("link", "add", "wire", "netns", names[0], "type", "veth", "peer", "name", "wire", "netns", names[1])
         for name, address in zip(names, HOSTS):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "link")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "wire")
             ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "link", "up")
+            ip("-n", name, "link", "set", "wire", "up")
         yield names
     finally:
         for name in names:
@@ -43,7 +43,7 @@ def hosts() -> Iterator[tuple[str, str]]:
 
 
 def start(host: str, rank: int, config: Path) -> "subprocess.Popen[str]":
-    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "link", "TORCH_GLOO_LAZY_INIT": "0"}
+    environment = ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "wire"}
     run = str(config.with_suffix(""))
     supervise = [sys.executable, "-m", "launch.supervise", "--run", run, "--frozen", "20", "--stalled", "12", "--attempts", "6", "--"]
     place = ["--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank), "--master-addr", HOSTS[0], "--master-port", "29411"]
@@ -60,7 +60,7 @@ def test_a_cut_link_costs_a_restart_and_never_makes_two_writers(
     sides = [start(host, rank, config) for rank, host in enumerate(hosts)]
     wait_for(lambda: len(metrics(run)) >= 50)
 
-    ip("-n", hosts[1], "link", "set", "link", "down")
+    ip("-n", hosts[1], "link", "set", "wire", "down")
     cut = time.monotonic()
     time.sleep(1)
     standing = len(metrics(run))
@@ -68,7 +68,7 @@ def test_a_cut_link_costs_a_restart_and_never_makes_two_writers(
     time.sleep(15)
     assert len(metrics(run)) <= standing, "no side trains alone"
     assert sorted(path.name for path in (run / "checkpoints").glob("step-*")) == saved
-    ip("-n", hosts[1], "link", "set", "link", "up")
+    ip("-n", hosts[1], "link", "set", "wire", "up")
     healed = time.monotonic()
     wait_for(lambda: len(metrics(run)) > standing + 1)
     print(f"\nlink cut for {healed - cut:.0f} s, next new step {time.monotonic() - healed:.0f} s after it was mended")
