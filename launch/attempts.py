@@ -16,7 +16,8 @@ GRACE_MARGIN = 30.0
 @dataclass(frozen=True)
 class Attempt:
     """One start. job: whose. began, reached: optimizer steps at its first beat and its last, None if it took none. code: None if the
-    supervisor was killed with it. slowest: seconds of the longest step, with what was done in it. reason: why it was ended, if it was."""
+    supervisor was killed with it. slowest: seconds of the longest step, with what was done in it. reason: why the supervisor ended it, if
+    it did. asked: the signal that asked the supervisor to end it."""
 
     job: str
     began: int | None
@@ -24,6 +25,7 @@ class Attempt:
     code: int | None
     slowest: float = 0.0
     reason: str | None = None
+    asked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,16 @@ def grace(run: Path, default: float) -> float:
 
 
 def failures_in_a_row(attempts: Sequence[Attempt]) -> int:
-    """Failed attempts at the end of `attempts` of which none began further than the ones before it: no checkpoint was won in between."""
+    """Failed attempts at the end of `attempts` of which none began further than the ones before it: no checkpoint was won in between.
+
+    One that was asked to end before its first step says nothing; one that had steps to save and did not, for lack of time, failed.
+    """
     count, furthest = 0, -1
     for attempt in attempts:
         if attempt.code == 0:
             count = 0
+        elif attempt.began is None and attempt.asked:
+            continue
         elif attempt.began is not None and attempt.began > furthest:
             count = 1
         else:
@@ -65,12 +72,12 @@ def failures_in_a_row(attempts: Sequence[Attempt]) -> int:
     return count
 
 
-def decide(attempts: Sequence[Attempt], state: str | None, asked: str | None, limit: int) -> Verdict:
-    """What to do after the last of `attempts`. state: of status.json. asked: the signal that asked the supervisor to stop, if one did.
+def decide(attempts: Sequence[Attempt], state: str | None, limit: int) -> Verdict:
+    """What to do after the last of `attempts`. state: of status.json.
 
     A run that somebody stopped by a STOP file is not started again; one that the scheduler stopped is.
     """
-    code = attempts[-1].code
+    code, asked = attempts[-1].code, attempts[-1].asked
     assert code is not None
     if code == 0:
         again = asked is not None and state == "interrupted"

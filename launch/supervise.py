@@ -53,7 +53,7 @@ class Supervisor:
         while True:
             code, reason = self._attempt()
             attempts.append(self._close(code, reason))
-            verdict = Verdict("finish", 130, "interrupted twice") if self.abort else decide(attempts, self._state(), self.asked, self.limit)
+            verdict = Verdict("finish", 130, "interrupted twice") if self.abort else decide(attempts, self._state(), self.limit)
             say(f"{verdict.action}: {verdict.reason}")
             if verdict.action == "finish":
                 return verdict.code
@@ -110,7 +110,7 @@ class Supervisor:
         watch.look()
         began = [pulse["first_step"] for pulse in watch.pulses.values() if pulse["first_step"] is not None]
         reached = [pulse["step"] for pulse in watch.pulses.values() if pulse["step"] is not None]
-        attempt = Attempt(self.job, min(began, default=None), max(reached, default=None), code, watch.slowest, reason)
+        attempt = Attempt(self.job, min(began, default=None), max(reached, default=None), code, watch.slowest, reason, self.asked)
         record(self.run, attempt)
         shutil.rmtree(self.folder)
         return attempt

@@ -18,10 +18,12 @@ COUNTING = str(Path(__file__).parent / "counting.py")
 QUICK = ("--frozen", "2", "--stalled", "2")
 
 
-def supervise(run: Path, *options: str, total: int = 8, seconds: float = 0.05, fault: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+def supervise(
+    run: Path, *options: str, total: int = 8, seconds: float = 0.05, fault: tuple[str, ...] = (), **environment: str
+) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "launch.supervise", "--run", str(run), *QUICK, *options, "--", sys.executable, COUNTING]
     arguments = (str(run), str(total), str(seconds), *fault)
-    return subprocess.Popen([*command, *arguments], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*command, *arguments], env=ENVIRONMENT | environment, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
@@ -105,3 +107,16 @@ def test_a_machine_that_slept_blames_nobody(tmp_path: Path) -> None:
         time.sleep(3.0)
     assert "frozen" not in finished(process)
     assert len(attempts(tmp_path)) == 1
+
+
+def test_a_job_that_was_killed_with_its_supervisor_remembers_it_when_it_is_back(tmp_path: Path) -> None:
+    process = supervise(tmp_path, total=200, SLURM_JOB_ID="7")
+    wait_for(lambda: (tmp_path / "saved.txt").exists(), 20)
+    rank = tmp_path / "heartbeats" / "slurm-7" / "rank-00000.json"
+    for pid in (process.pid, json.loads(rank.read_text())["pid"]):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert finished(supervise(tmp_path, total=8, SLURM_JOB_ID="7")).startswith("exit 0")
+    killed, second = attempts(tmp_path)
+    assert (killed["job"], killed["began"], killed["code"]) == ("slurm-7", 0, None)
+    assert second["began"] is None or second["began"] >= 3
