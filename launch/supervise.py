@@ -66,6 +66,16 @@ class Supervisor:
         environment = {**os.environ, "DIT_HEARTBEATS": str(self.folder.resolve())}
         ranks = [subprocess.Popen(self.command, env=environment | place, start_new_session=True) for place in _places(self.processes)]
         watch = Watch(self.folder, self.patience)
+        try:
+            reason = self._watch(watch, ranks)
+            watch.look()
+            return _telling_code(ranks, watch), reason
+        finally:
+            for rank in ranks:
+                _kill_group(rank)
+
+    def _watch(self, watch: Watch, ranks: "list[subprocess.Popen[bytes]]") -> str | None:
+        """Until all have ended: pass signals on, end what is stuck and whoever waits for the dead. Why they were ended, if they were."""
         told: set[int] = set()
         looked, parting, reason = time.monotonic(), 0.0, None
         while any(rank.poll() is None for rank in ranks):
@@ -86,8 +96,7 @@ class Supervisor:
                 watch.signal(signal.SIGKILL)
                 for rank in ranks:
                     _kill_group(rank)
-        watch.look()
-        return _telling_code(ranks, watch), reason
+        return reason
 
     def _write_stacks(self, watch: Watch, complaint: str, culprits: list[int]) -> None:
         """Say who is stuck and where, and keep the stacks of all ranks in the run directory."""

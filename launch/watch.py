@@ -42,7 +42,10 @@ class Watch:
         paused = max(0.0, now - self._looked - 1.0)  # this process was stopped itself, or the file system was: nobody's fault
         self._looked = now
         for path in self.folder.glob("rank-*.json"):
-            pulse: Pulse = json.loads(path.read_text())
+            try:
+                pulse: Pulse = json.loads(path.read_text())
+            except (OSError, ValueError):  # a network file system between two versions of a file: it is there at the next look
+                continue
             rank = pulse["rank"]
             before = self.pulses.get(rank, {})
             for since, key in ((self._ticked, "ticks"), (self._beaten, "beats")):

@@ -38,6 +38,9 @@ def test_a_lost_rank(tmp_path: Path, latents: Path, whole: Path, launcher: str, 
     command = ["--processes", "2", "--", sys.executable, *dit] if launcher == "processes" else ["--", *torchrun]
     supervisor = [sys.executable, "-m", "launch.supervise", "--run", str(run), *command]
     process = subprocess.Popen(supervisor, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started = time.monotonic()
+    wait_for(lambda: bool(metrics(run)))
+    start = time.monotonic() - started
     wait_for(lambda: len(metrics(run)) >= 25)
     victim = next(run.glob("heartbeats/*/rank-00001.json"))
     os.kill(json.loads(victim.read_text())["pid"], number)
@@ -49,6 +52,8 @@ def test_a_lost_rank(tmp_path: Path, latents: Path, whole: Path, launcher: str, 
     said = process.communicate()[1]
     assert process.returncode == 0, said[-6000:]
     assert ("rank 1 (process" in said and "is frozen" in said) == (number == signal.SIGSTOP)
-    print(f"\n{launcher}: {number.name} to all ranks ended {noticed:.1f} s, to the next new step {seconds:.1f} s")
+    print(
+        f"\n{launcher}: {number.name} to all ranks ended {noticed:.1f} s, to the next new step {seconds:.1f} s; a start takes {start:.1f} s"
+    )
     assert metrics(run) == metrics(whole)
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
