@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -52,7 +53,7 @@ class ShardCache:
 
     def place(self, address: str) -> Path:
         """Where the copy of a shard is, if there is one."""
-        return self.folder / f"{xxhash.xxh3_128_hexdigest(address.encode())}-{PurePosixPath(address).name}"
+        return _place(self.folder, address)
 
     def read_members(self, address: str, members: Mapping[str, Member]) -> dict[str, bytes]:
         """Read and verify members of one sample, from the copy if there is one, else from the shard. Raises BadSample."""
@@ -159,6 +160,11 @@ class ShardCache:
         with (self.folder / _LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@lru_cache(maxsize=4096)  # a reader asks for every sample
+def _place(folder: Path, address: str) -> Path:
+    return folder / f"{xxhash.xxh3_128_hexdigest(address.encode())}-{PurePosixPath(address).name}"
 
 
 def _try_lock(file: IO[bytes]) -> bool:

@@ -3,10 +3,13 @@
 JSON, one sample a line, with a checksum of its own. Knows nothing of how shards are written or decoded.
 """
 
+import gc
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -18,6 +21,7 @@ from data_pipelines.storage import Member, read_file, write_file
 
 SCHEMA = 1
 SUFFIX = ".index.json"
+_KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,22 @@ class ShardIndex:
     entries: tuple[Entry, ...]
     problems: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """xxh3_128 (hex) of the content of the index: equal digests mean equal samples in equal places."""
-        return _digest(_body(self))
+        return _digest(_body(self).encode())
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Pause the collector of cycles: it would go through all entries, which are in none, again and again, for half of the time."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def index_path(shard: str) -> str:
@@ -60,8 +76,8 @@ def spare_index_path(shard: str) -> Path:
 
 def write_index(address: str | Path, index: ShardIndex) -> None:
     """Write the index to a local path or an object, whole or not at all. Raises OSError, AccessDenied, StorageUnavailable."""
-    body = _body(index)
-    write_file(str(address), f'{{"digest": "{_digest(body)}",\n{body}}}\n'.encode())
+    body = _body(index).encode()
+    write_file(str(address), b"%b%b}\n" % (_head(body), body))
 
 
 def read_index(address: str) -> ShardIndex:
@@ -85,13 +101,20 @@ def parse_index(data: bytes, address: str) -> ShardIndex:
         )
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{address}: not a whole shard index ({type(error).__name__}: {error}); {mend}") from error
-    if index.digest != record.get("digest"):
+    body = data[len(_head(b"")) : -2]
+    if data != b"%b%b}\n" % (_head(body), body):
         raise UserError(f"{address}: the index is damaged (its digest does not match its content); {mend}")
+    vars(index)["digest"] = _digest(body)  # to write the body anew costs as much as to parse it
     return index
 
 
-def _digest(body: str) -> str:
-    return xxhash.xxh3_128_hexdigest(body.encode())
+def _digest(body: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(body)
+
+
+def _head(body: bytes) -> bytes:
+    """What stands before the body in the file."""
+    return f'{{"digest": "{_digest(body)}",\n'.encode()
 
 
 def _body(index: ShardIndex) -> str:
@@ -115,13 +138,16 @@ def _record(entry: Entry) -> dict[str, Any]:
     }
 
 
+_facts = lru_cache(maxsize=4096)(Facts)  # of which a shard has few
+
+
 def _entry(record: dict[str, Any]) -> Entry:
-    if record["kind"] not in get_args(Kind):
-        raise TypeError(f"kind {record['kind']!r} is none of {get_args(Kind)}")
+    if record["kind"] not in _KINDS:
+        raise TypeError(f"kind {record['kind']!r} is none of {_KINDS}")
     return Entry(
         key=record["key"],
         members={name: Member(*place) for name, place in record["members"].items()},
-        facts=Facts(record["kind"], record["frames"], record["height"], record["width"], record["fps"]),
+        facts=_facts(record["kind"], record["frames"], record["height"], record["width"], record["fps"]),
         caption_length=record["caption_length"],
         meta=record["meta"],
     )

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from data_pipelines.cache import Prefetch, ShardCache
-from data_pipelines.packed import Grid
-from data_pipelines.plan import START, Plan, PlannedPack, PlannedSample, Position, check_world_size, share
+from data_pipelines.parcels import Parcel, RawPack, Slots, Task, wrap
+from data_pipelines.plan import START, Plan, PlannedSample, Position, check_world_size, share
 from data_pipelines.raw import RawSample, read_sample
 from data_pipelines.workers import InOrder, WorkerLost
 
@@ -29,19 +29,6 @@ ON_THE_LIST = "on the skip list"
 _LOSSES = 3  # of workers in a row that no sample explains, before something else must be wrong
 
 __all__ = ["RawPack", "RawSample", "StepPacks", "StepStream"]
-
-
-@dataclass(frozen=True)
-class RawPack:
-    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included."""
-
-    samples: tuple[RawSample, ...]
-    grids: tuple[Grid, ...]
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Id of each sample."""
-        return tuple(sample.id for sample in self.samples)
 
 
 @dataclass(frozen=True)
@@ -62,78 +49,19 @@ class StepPacks:
 # --- from workers to the rank -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One pack to read, and what the plan says of the step that it belongs to. holes: why samples of it are not read, by their number."""
-
-    number: int
-    pack: PlannedPack
-    samples: int
-    after: Position
-    holes: Mapping[int, str]
-
-
-@dataclass(frozen=True)
-class _Parcel:
-    """A pack that was read, all its tensors in one buffer: a worker hands over one shared memory segment, not hundreds."""
-
-    samples: tuple[RawSample, ...]
-    grids: tuple[Grid, ...]
-    task_samples: int
-    after: Position
-    parts: tuple[tuple[int, str, torch.dtype, tuple[int, ...]], ...]
-    buffer: Tensor
-
-    def open(self) -> RawPack:
-        """Views of the buffer at their places."""
-        samples = list(self.samples)
-        offset = 0
-        for number, name, dtype, shape in self.parts:
-            end = offset + _aligned(torch.Size(shape).numel() * dtype.itemsize)
-            flat = self.buffer[offset:end].view(dtype)[: torch.Size(shape).numel()]
-            samples[number] = replace(samples[number], **{name: flat.view(shape)})  # type: ignore[arg-type]
-            offset = end
-        return RawPack(tuple(samples), self.grids)
-
-
-def _aligned(length: int) -> int:
-    return -(-length // 16) * 16
-
-
-def _parcel(task: _Task, samples: list[RawSample]) -> _Parcel:
-    """Pack what a worker read; without workers it stays where it is."""
-    grids = tuple(planned.grid for planned in task.pack)
-    if get_worker_info() is None:
-        return _Parcel(tuple(samples), grids, task.samples, task.after, (), torch.empty(0))
-    parts, tensors = [], []
-    for number, sample in enumerate(samples):
-        for name in ("pixels", "latents", "text"):
-            if (tensor := getattr(sample, name)) is not None:
-                parts.append((number, name, tensor.dtype, tuple(tensor.shape)))
-                tensors.append(tensor)
-        samples[number] = replace(sample, pixels=None, latents=None, text=None)
-    length = sum(_aligned(tensor.nbytes) for tensor in tensors)
-    buffer = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(length))  # else it would be copied there later
-    offset = 0
-    for tensor in tensors:
-        buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
-        offset += _aligned(tensor.nbytes)
-    return _Parcel(tuple(samples), grids, task.samples, task.after, tuple(parts), buffer)
-
-
-class _Reader(Dataset[_Parcel]):
+class _Reader(Dataset[Parcel]):
     """Map-style over tasks instead of numbers: the sampler says what to read, the reader holds no state.
 
     busy: (workers, 3) shared; process, task and sample that each worker is at, so that its end tells which sample was its last.
     """
 
-    def __init__(self, seconds: float, busy: Tensor, cache: ShardCache | None) -> None:
-        self.seconds, self.busy, self.cache = seconds, busy, cache
+    def __init__(self, seconds: float, busy: Tensor, slots: Slots, cache: ShardCache | None) -> None:
+        self.seconds, self.busy, self.slots, self.cache = seconds, busy, slots, cache
 
-    def __getitem__(self, task: _Task) -> _Parcel:
-        return _parcel(task, [self._sample(task, number, planned) for number, planned in enumerate(task.pack)])
+    def __getitem__(self, task: Task) -> Parcel:
+        return wrap(task, [self._sample(task, number, planned) for number, planned in enumerate(task.pack)], self.slots)
 
-    def _sample(self, task: _Task, number: int, planned: PlannedSample) -> RawSample:
+    def _sample(self, task: Task, number: int, planned: PlannedSample) -> RawSample:
         if number in task.holes:
             return RawSample(planned.id, planned.key, error=task.holes[number])
         if (worker := get_worker_info()) is None:
@@ -145,18 +73,18 @@ class _Reader(Dataset[_Parcel]):
         return sample
 
 
-class _Tasks(Sampler[_Task]):
+class _Tasks(Sampler[Task]):
     """This rank's packs in order, without end. waiting: those that are given out and not delivered. left_out: ids not to read."""
 
     def __init__(
         self, plan: Plan, rank: int, world_size: int, start: Position, left_out: set[str], prefetch: Prefetch | None = None
     ) -> None:
         self.plan, self.rank, self.world_size, self.left_out, self.prefetch = plan, rank, world_size, left_out, prefetch
-        self.waiting: deque[_Task] = deque()
-        self._again: deque[_Task] = deque()
+        self.waiting: deque[Task] = deque()
+        self._again: deque[Task] = deque()
         self._fresh = self._from(start)
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[Task]:
         while True:
             task = self._again.popleft() if self._again else next(self._fresh)
             self.waiting.append(task)
@@ -169,7 +97,7 @@ class _Tasks(Sampler[_Task]):
             self._again.append(replace(task, holes={**task.holes, **found}))
         self.waiting.clear()
 
-    def _from(self, position: Position) -> Iterator[_Task]:
+    def _from(self, position: Position) -> Iterator[Task]:
         number, fetched = 0, None
         while True:
             if self.prefetch and (window := position[:2]) != fetched:
@@ -178,7 +106,7 @@ class _Tasks(Sampler[_Task]):
             step = self.plan.step(position)
             for pack in share(step.packs, self.rank, self.world_size):
                 holes = {i: ON_THE_LIST for i, planned in enumerate(pack) if planned.id in self.left_out}
-                yield _Task(number, pack, step.samples, step.after, holes)
+                yield Task(number, pack, step.samples, step.after, holes)
                 number += 1
             position = step.after
 
@@ -212,8 +140,10 @@ class StepStream(Iterator[StepPacks]):
         self._left_out.update(ids)
 
     def __next__(self) -> StepPacks:
-        parcels = [self._next_parcel() for _ in range(self._each)]
-        packs = [parcel.open() for parcel in parcels]
+        parcels, packs = [], []
+        for _ in range(self._each):
+            parcels.append(self._next_parcel())
+            packs.append(parcels[-1].open(self._slots))  # at once: the slots go with the workers
         if self._left_out:
             packs = [replace(pack, samples=tuple(map(self._kept, pack.samples))) for pack in packs]
         samples = [sample for pack in packs for sample in pack.samples]
@@ -221,12 +151,13 @@ class StepStream(Iterator[StepPacks]):
         counters = Counter("empty_captions" for sample in samples if sample.error is None and not sample.caption)
         return StepPacks(packs, parcels[0].task_samples, parcels[0].after, bad, dict(counters))
 
-    def _open(self) -> InOrder[_Parcel]:
+    def _open(self) -> InOrder[Parcel]:
         config = self._config
-        reader = _Reader(config.sample_seconds, self._busy, self._cache)
+        self._slots = Slots(config.num_workers)
+        reader = _Reader(config.sample_seconds, self._busy, self._slots, self._cache)
         return InOrder(reader, self._tasks, config.num_workers, int(config.worker_gib * 2**30))
 
-    def _next_parcel(self) -> _Parcel:
+    def _next_parcel(self) -> Parcel:
         while True:
             try:
                 parcel = next(self._parcels)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FILL = 0.99
-"""How full packs are made where there are many: the rest is room to balance costs in. Part of what defines the stream."""
+"""How full packs are made where lengths differ: the rest is room to balance costs in. Part of what defines the stream."""
 EXCESS_WEIGHT = 100.0
 """Weight of the squared excess of a pack beside its squared tokens, where excess is counted in mean costs; 100 to 300 do best."""
 
@@ -25,7 +25,8 @@ def balance(tokens: Sequence[int], costs: Sequence[float], budget: int) -> list[
     """
     sizes, cost = np.asarray(tokens, np.float64), np.asarray(costs, np.float64)  # (n,)
     assert not len(sizes) or 0 < sizes.min() <= sizes.max() <= budget, budget
-    number = max(-(-sum(tokens) // budget), round(sum(tokens) / (FILL * budget)))
+    uneven = len(set(tokens)) > 1  # items of one length fill packs alike, up to a last one
+    number = max(-(-sum(tokens) // budget), round(sum(tokens) / (FILL * budget)) if uneven else 0)
     excess = cost - (cost / sizes).min(initial=np.inf) * sizes if len(sizes) else cost
     pull = sizes / max(sizes.sum(), 1) ** 2  # (n,) how much an item minds the tokens of a pack
     push = EXCESS_WEIGHT * excess / max(cost.sum(), 1e-30) ** 2

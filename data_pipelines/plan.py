@@ -21,7 +21,7 @@ import xxhash
 from data_pipelines import packing, randomness
 from data_pipelines.config import DataConfig, Size
 from data_pipelines.errors import UserError
-from data_pipelines.index import Entry
+from data_pipelines.index import Entry, uncollected
 from data_pipelines.packed import Grid
 from data_pipelines.samples import Facts
 from data_pipelines.sizes import choose_size
@@ -147,6 +147,7 @@ class Plan:
         epoch, window = epoch + window // self.windows, window % self.windows
         return self._order(epoch)[window * size : (window + 1) * size]
 
+    @uncollected()
     def _packs(self, epoch: int, window: int) -> tuple[PlannedPack, ...]:
         """Every pack of one window."""
         samples = chain.from_iterable(self._samples(source, shard, epoch) for source, shard in self.shards(epoch, window))

@@ -6,7 +6,7 @@ Knows nothing of packs, steps or processes. Letters: T frames, H rows, W columns
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,9 @@ from data_pipelines.samples import (
     read_caption,
 )
 from data_pipelines.storage import Member, read_members
+
+# Nor are they written: a view saves a copy.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", module=__name__)
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,10 @@ def read_sample(planned: PlannedSample, seconds: float | None = None, cache: Sha
     """
     limit = nullcontext if seconds is None else partial(deadline, seconds)
     try:
-        with nullcontext() if "://" in planned.shard else limit():
-            data = _members(planned, cache.read_members if cache else read_members)
+        read = partial(_members, planned, cache.read_members if cache else read_members)
+        data = read() if "://" in planned.shard else None
         with limit():
-            return _decoded(planned, data)
+            return _decoded(planned, read() if data is None else data)
     except BadSample as error:
         return RawSample(planned.id, planned.key, error=error.reason)
     except MemoryError:
@@ -70,25 +73,23 @@ def _members(planned: PlannedSample, read: Callable[[str, Mapping[str, Member]],
 
 def _decoded(planned: PlannedSample, data: Mapping[str, bytes]) -> RawSample:
     media = media_extension(set(data))
-    sample = RawSample(planned.id, planned.key, read_caption(data.get(CAPTION_EXTENSION, b"")), _label(planned.entry.meta, data))
+    sample = partial(RawSample, planned.id, planned.key, read_caption(data.get(CAPTION_EXTENSION, b"")), _label(planned.entry.meta, data))
     if media != LATENTS_EXTENSION:
         assert planned.size is not None, planned.id
         pixels = decode(data[media], media, planned.size, planned.key)
-        return replace(sample, pixels=torch.from_numpy(np.ascontiguousarray(pixels)))
+        return sample(pixels=torch.from_numpy(np.ascontiguousarray(pixels)))
     latents = _array(data[LATENTS_EXTENSION], 4)
     facts = planned.entry.facts
     if latents.shape[1:] != (facts.frames, facts.height, facts.width):
         raise BadSample(f"latents of {tuple(latents.shape)}, the index says {(facts.frames, facts.height, facts.width)}")
-    return replace(sample, latents=latents, text=_array(data[TEXT_EXTENSION], 2) if TEXT_EXTENSION in data else None)
+    return sample(latents=latents, text=_array(data[TEXT_EXTENSION], 2) if TEXT_EXTENSION in data else None)
 
 
 def _array(data: bytes, axes: int) -> Tensor:
     values = decode_npy(data)
     if values.ndim != axes or 0 in values.shape:
         raise BadSample(f"array of shape {values.shape}, expected {axes} axes")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written: a view saves a copy
-        return torch.from_numpy(values)
+    return torch.from_numpy(values)
 
 
 def _label(meta: Mapping[str, Any], data: Mapping[str, bytes]) -> int | None:

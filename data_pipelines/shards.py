@@ -23,16 +23,32 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+_BATCH = 1 << 20
+
+
 class _Hashed:
-    """Hashes and counts what is written on its way to `file`."""
+    """Hashes and counts what is written on its way to `file`, small pieces together: each by itself costs more than its bytes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.hash, self.length = file, xxhash.xxh3_128(), 0
+        self._held: list[bytes] = []
+        self._from = 0
 
-    def write(self, data: bytes) -> None:
-        self.hash.update(data)
-        self.length += len(data)
-        self.file.write(data)
+    def write(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            if len(piece) >= _BATCH:
+                self.flush()
+            self._held.append(piece)
+            self.length += len(piece)
+            if self.length - self._from >= _BATCH:
+                self.flush()
+
+    def flush(self) -> None:
+        if self._held:
+            data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
+            self.hash.update(data)
+            self.file.write(data)
+        self._held, self._from = [], self.length
 
 
 class ShardWriter:
@@ -58,6 +74,7 @@ class ShardWriter:
         if kind is None:
             ending = -(self._out.length + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
             self._out.write(bytes(2 * tarfile.BLOCKSIZE + ending))
+            self._out.flush()
             Path(index_path(str(self.path))).unlink(missing_ok=True)  # an old index must not vouch for the new tar
         self._stack.__exit__(kind, error, trace)
         if kind is None:
@@ -66,6 +83,7 @@ class ShardWriter:
     @property
     def index(self) -> ShardIndex:
         """The index of what was written so far."""
+        self._out.flush()
         entries = tuple(self._entries.values())
         return ShardIndex(self.path.name, self._out.length, self._out.hash.hexdigest(), entries, tuple(self._problems))
 
@@ -83,10 +101,9 @@ class ShardWriter:
         self._problems.append((what, reason))
 
     def _write(self, name: str, data: bytes) -> Member:
-        self._out.write(tar_header(name, len(data)))
-        offset = self._out.length
-        self._out.write(data)
-        self._out.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        header = tar_header(name, len(data))
+        offset = self._out.length + len(header)
+        self._out.write(header, data, bytes(-len(data) % tarfile.BLOCKSIZE))
         return Member(offset, len(data), checksum(data))
 
 

@@ -16,7 +16,7 @@ from data_pipelines import filters
 from data_pipelines.config import Source
 from data_pipelines.errors import UserError
 from data_pipelines.foreign import index_all, summarise
-from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path
+from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path, uncollected
 from data_pipelines.samples import Facts
 from data_pipelines.storage import folder_files
 
@@ -86,6 +86,7 @@ class SourceManifest:
         return index
 
 
+@uncollected()
 def read_source(
     folder: str,
     name: str = "",

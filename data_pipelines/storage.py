@@ -4,11 +4,11 @@ The only module that knows where bytes live. Knows nothing of what they mean.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import xxhash
 
@@ -21,8 +21,7 @@ _PIECE, _BUFFER = 16 << 20, 1 << 20
 _GAP = 64 * 1024  # bytes between wanted members that are cheaper to read than to skip
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """Where one file of a shard lies: byte range and xxh3_64 (hex) of its content."""
 
     offset: int
@@ -35,6 +34,7 @@ def checksum(data: bytes) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+@lru_cache(maxsize=4096)
 def local_path(address: str) -> Path | None:
     """The path of a local address, None for an object of a store. Raises UserError for schemes that are not allowed."""
     scheme, separator, rest = address.partition("://")
@@ -72,16 +72,24 @@ def folder_files(folder: str) -> dict[str, int]:
 
 def read_range(address: str, offset: int, length: int) -> bytes:
     """Read `length` bytes at `offset`. Raises BadSample if they are not there; AccessDenied or StorageUnavailable, which end the run."""
+    return _read_ranges(address, [(offset, length)])[0]
+
+
+def _read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """`read_range` of several (offset, length)."""
     path = local_path(address)
     try:
-        data = remote.read_object(address, offset, offset + length) if path is None else _read_local(path, offset, length)
+        if path is None:
+            found = [remote.read_object(address, offset, offset + length) for offset, length in ranges]
+        else:
+            found = _read_local(path, ranges)
     except FileNotFoundError as error:
         raise BadSample("shard is missing") from error
     except OSError as error:
         raise BadSample(f"shard cannot be read ({type(error).__name__})") from error
-    if len(data) != length:
+    if any(len(data) != length for data, (_, length) in zip(found, ranges, strict=True)):
         raise BadSample("shard is truncated")
-    return data
+    return found
 
 
 def pieces(address: str) -> Iterator[bytes]:
@@ -89,15 +97,25 @@ def pieces(address: str) -> Iterator[bytes]:
     path = local_path(address)
     offset, piece = 0, bytes(_PIECE)
     while len(piece) == _PIECE:
-        piece = remote.read_object(address, offset, offset + _PIECE) if path is None else _read_local(path, offset, _PIECE)
+        piece = remote.read_object(address, offset, offset + _PIECE) if path is None else _read_local(path, [(offset, _PIECE)])[0]
         offset += len(piece)
         yield piece
 
 
-def _read_local(path: Path, offset: int, length: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(length)
+def _read_local(path: Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Each (offset, length) as an object of its own: to cut them out of one read would copy them."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return [_read_at(file, offset, length) for offset, length in ranges]
+    finally:
+        os.close(file)
+
+
+def _read_at(file: int, offset: int, length: int) -> bytes:
+    data = os.pread(file, length, offset)
+    while len(data) < length and (more := os.pread(file, length - len(data), offset + len(data))):  # at most 2 GiB a call
+        data += more
+    return data
 
 
 def read_member(address: str, offset: int, length: int, expected: str) -> bytes:
@@ -109,6 +127,9 @@ def read_members(address: str, members: Mapping[str, Member]) -> dict[str, bytes
     """Read and verify several members of one sample, in a single request where they lie together. Raises BadSample."""
     if not members:
         return {}
+    if local_path(address) is not None:
+        found = _read_ranges(address, [(member.offset, member.length) for member in members.values()])
+        return {name: _verified(data, member.checksum) for (name, member), data in zip(members.items(), found, strict=True)}
     first = min(member.offset for member in members.values())
     last = max(member.offset + member.length for member in members.values())
     if last - first > sum(member.length for member in members.values()) + _GAP * len(members):

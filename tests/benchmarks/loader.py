@@ -1,6 +1,7 @@
 """Throughput of the stream, each figure beside what it is compared with, in one run: `python tests/benchmarks/loader.py [FOLDER]`.
 
-Latents: every byte verified, checked and copied into a pack, against reading the same bytes and nothing else, and against webdataset.
+Latents: every byte verified, checked and copied into a pack, against reading the same bytes and nothing else, and against webdataset,
+which shuffles among as many samples, decodes the same members to the same tensors and yields as many at a time.
 Decoding: the stream of rendered clips against the same decoder in a bare loop. Resume: time to the first step at several places.
 The shards are written to FOLDER (a temporary one) and read from the page cache.
 """
@@ -15,6 +16,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import torch
 import webdataset
 
 from data_pipelines.config import DataConfig
@@ -77,12 +79,21 @@ def read_verified(plan: Plan) -> None:
         read_members(sample.shard, sample.entry.members)
 
 
-def web_dataset(tars: list[Path]) -> None:
-    """The same arrays by webdataset, one process, no shuffling."""
-    data = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False, empty_check=False)
-    for sample in data:
-        np.load(io.BytesIO(sample["latents.npy"]))
-        np.load(io.BytesIO(sample["text.npy"]))
+def array(data: bytes) -> torch.Tensor:
+    """What a .npy file holds, as our stream yields it."""
+    return torch.from_numpy(np.load(io.BytesIO(data)))
+
+
+def web_dataset(tars: list[Path], batch: int, shuffle: int, workers: int) -> Callable[[], object]:
+    """The same tensors and captions by webdataset, as lists of `batch` samples, without end; `shuffle`: samples that it shuffles among."""
+    data = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=len(tars) if shuffle else False, empty_check=False)
+    decoded = (data.repeat().shuffle(shuffle) if shuffle else data.repeat()).map_dict(
+        **{"latents.npy": array, "text.npy": array, "txt": lambda data: data.decode()}
+    )
+    packs = decoded.batched(batch, collation_fn=list, partial=False)
+    loader = iter(webdataset.WebLoader(packs, batch_size=None, num_workers=workers))
+    next(loader)
+    return lambda: [len(pack) for pack in islice(loader, len(tars) * SAMPLES // batch)]
 
 
 def measure(subjects: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -121,12 +132,15 @@ def latents(folder: Path) -> None:
         "ranged reads and checksums": lambda: read_verified(inline),
         "stream, no worker": stream(inline, packs),
         "stream, 1 worker": stream(plan_of(folder / "latents", 8, 1, num_workers=1), packs),
-        "webdataset": lambda: web_dataset(tars),
+        "webdataset, shuffled, no worker": web_dataset(tars, 8, SHARDS * SAMPLES, 0),
+        "webdataset, shuffled, 1 worker": web_dataset(tars, 8, SHARDS * SAMPLES, 1),
+        "webdataset, in order, no worker": web_dataset(tars, 8, 0, 0),
     }
     times = compare(subjects, "MB/s", megabytes)
-    for ours in ("stream, no worker", "stream, 1 worker"):
-        ratio(times, ours, "raw read", ">= 0.6")
-        ratio(times, ours, "webdataset", ">= 3")
+    for workers in ("no worker", "1 worker"):
+        ratio(times, f"stream, {workers}", "raw read", ">= 0.6")
+        ratio(times, f"stream, {workers}", f"webdataset, shuffled, {workers}", ">= 3")
+    ratio(times, "stream, no worker", "webdataset, in order, no worker", ">= 3")
 
 
 def decoding(folder: Path) -> None:

@@ -236,3 +236,17 @@ def test_arrays_whose_header_lies_are_refused_before_memory_is_taken():
     ):
         with pytest.raises(BadSample):
             decode_npy(broken)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4"])
+def test_only_finite_arrays_are_taken_whatever_their_sign(dtype):
+    limits = np.finfo(dtype)
+    fine = np.array([0, -0.0, limits.max, limits.min, limits.tiny, -limits.smallest_subnormal], dtype)
+    for odd in (None, np.inf, -np.inf, np.nan, np.copysign(np.nan, -1)):
+        buffer = io.BytesIO()
+        np.save(buffer, fine if odd is None else np.append(fine, np.array(odd, dtype)))
+        if odd is None:
+            np.testing.assert_array_equal(decode_npy(buffer.getvalue()), fine)
+        else:
+            with pytest.raises(BadSample, match="NaN or infinite"):
+                decode_npy(buffer.getvalue())

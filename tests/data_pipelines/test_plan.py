@@ -255,6 +255,11 @@ def test_packing_keeps_every_item_within_the_budget(tokens):
     assert all(0 < n <= 50 for n in used)
 
 
+def test_items_of_one_length_fill_packs_to_the_last_token():
+    packs = packing.balance([48] * 3072, [1.0] * 3072, 768)
+    assert [len(pack) for pack in packs] == [16] * 192
+
+
 def test_packing_fills_well_where_sizes_are_mixed():
     tokens = [n for _ in range(400) for n in (7, 16, 33)]
     packs = packing.balance(tokens, [n + n * n / 25 for n in tokens], 100)

@@ -47,7 +47,7 @@ def test_what_is_missing_is_named_with_its_fix(forks: Forks, tmp_path: Path) -> 
     done = forks.run("doctor", str(config))
     assert done.code == 1, done.err
     assert "BAD /no/such/folder: " in done.out
-    assert f"change its path in {config}" in done.out
+    assert f"change `path` in {config}" in done.out
     assert "ok  torch: " in done.out
     assert "Traceback" not in done.err
 

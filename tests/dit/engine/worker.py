@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from data_pipelines.errors import UserError
 from dit.engine import checkpoint
 from dit.engine.deepspeed import Engine, NonFinite
+from dit.engine.held_out import HeldOut
 from dit.engine.loop import FitResult, fit
 from dit.engine.optimizer import average, ema_beta
 from dit.runtime import distributed
@@ -122,8 +123,8 @@ def whole() -> None:
         previews.append((step, holds_master))
         return torch.zeros(1, 2, 4, 4, 3, dtype=torch.uint8)
 
-    def validate(module: torch.nn.Module) -> dict[str, float]:
-        return {"loss": float(engine.step)}
+    def validate(module: torch.nn.Module) -> HeldOut:
+        return HeldOut(torch.tensor([[float(engine.step)]]), (0.5,), ("1x1x1",), "one")
 
     masters = {f.name: replace(f, views={"model": f.views["model"]}) for f in engine.fragments()}
     result = fit(
