@@ -25,7 +25,7 @@ MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Packages whose module has another name."""
 FREE_GIB, SHARED_GIB, FILES, SKEW_SECONDS, STALE_SECONDS = 10, 1, 4096, 2.0, 3600
 MEGABYTES, REDUCTIONS = 16, 3
-PATIENCE = timedelta(seconds=90)
+PATIENCE = timedelta(seconds=60)
 
 
 @dataclass(frozen=True)

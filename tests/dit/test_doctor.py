@@ -1,6 +1,5 @@
-"""The doctor finds what is ill: packages, folders, ranks that do not reach each other. Real processes."""
+"""The doctor finds what is ill: packages and folders. Real processes."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dit.doctor import package
-from tests.processes import Forks, free_port, python_m
+from tests.processes import Forks
 
 
 def test_packages_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,16 +49,3 @@ def test_what_is_missing_is_named_with_its_fix(forks: Forks, tmp_path: Path) -> 
     assert f"change `path` in {config}" in done.out
     assert "ok  torch: " in done.out
     assert "Traceback" not in done.err
-
-
-@pytest.mark.slow
-def test_ranks_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for name, value in place.items():
-        monkeypatch.setitem(os.environ, name, value)
-    from tests import processes
-
-    monkeypatch.setattr(processes, "ENVIRONMENT", processes.ENVIRONMENT | place)
-    done = python_m("dit", "doctor")
-    assert done.code == 1
-    assert f"every rank must reach 127.0.0.1:{place['MASTER_PORT']}" in done.out
