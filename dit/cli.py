@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_pipelines.errors import UserError
+from dit.runtime import heartbeat
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ PLAIN_VERBS = {
     "demo": ("train, distil and sample a small video model on moving shapes, from nothing", "dit demo --out runs/demo"),
     "ckpt": ("list, verify, prune and export checkpoints", "dit ckpt verify runs/demo/teacher"),
     "replay": ("run one step of a run again, in one process", "dit replay runs/demo/teacher 1200"),
+    "doctor": ("is this machine fit for a run? under torchrun: are they all?", "dit doctor configs/train/videos.yaml"),
     "data": ("curate, make, check and show shards", "dit data ingest photos/ shards/photos"),
 }
 
@@ -57,14 +59,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 5 access denied, 75 storage is away, 1 a crash.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    heartbeat.start()
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        code = 130
+    heartbeat.end(code)
+    return code
 
 
 def _dispatch(arguments: list[str]) -> int:

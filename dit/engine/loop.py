@@ -20,7 +20,7 @@ from dit.engine.metrics import Records
 from dit.engine.progress import Progress, peak_flops
 from dit.engine.saver import Saver
 from dit.engine.tally import Tally, Totals
-from dit.runtime import distributed, faults
+from dit.runtime import distributed, faults, heartbeat
 from dit.runtime.losses import Losses
 from dit.runtime.signals import StopSignals
 
@@ -95,6 +95,7 @@ def fit(
         if preview and engine.step == 0:
             _draw(preview, engine, records)
         while engine.samples_seen < train.samples:
+            heartbeat.beat(engine.step, "step")
             started = time.perf_counter()
             batch = next(steps)
             waited = time.perf_counter() - started
@@ -117,6 +118,7 @@ def fit(
 
             must_stop = totals.stop or budget.is_exceeded(engine.samples_seen)
             if must_stop or engine.step % train.save_every_steps == 0 or engine.samples_seen >= train.samples:
+                heartbeat.beat(engine.step, "save")
                 saver.save(engine, {**batch.position._asdict(), "left_out": budget.ids})
             if must_stop:
                 break

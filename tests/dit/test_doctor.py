@@ -1,0 +1,51 @@
+"""The doctor finds what is ill: packages and folders. Real processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from dit.doctor import package
+from tests.processes import Forks
+
+
+def test_packages_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, version, text in (("whole", "2.1", ""), ("broken", "1.0", "raise OSError('libwhat.so.13: not there')"), ("old", "0.9", "")):
+        (tmp_path / f"{name}.py").write_text(text)
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert package(Requirement("whole>=2")).fix is None
+    assert "cannot be imported: OSError: libwhat.so.13: not there" in package(Requirement("broken")).finding
+    assert package(Requirement("old>=1.5")).finding == "0.9, >=1.5 wanted"
+    assert package(Requirement("nowhere>=1")).fix == "pip install --force-reinstall 'nowhere>=1'"
+
+
+def test_two_healthy_ranks(forks: Forks, latents: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"out: {tmp_path}/out\ndata: {{sources: [{{path: {latents}}}]}}\n")
+    done = forks.run("doctor", str(config), ranks=2).ok()
+    assert "BAD" not in done.out
+    for words in (
+        "ok  torch: ",
+        "ok  deepspeed: ",
+        "ok  disk: ",
+        f"ok  {latents}: ",
+        "ok  ranks: 2 over gloo, all-reduce of 16 MB",
+        "ok  clock: ",
+    ):
+        assert done.out.count(words) == 1, done.out
+
+
+def test_what_is_missing_is_named_with_its_fix(forks: Forks, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("data: {sources: [{path: /no/such/folder}]}\n")
+    done = forks.run("doctor", str(config))
+    assert done.code == 1, done.err
+    assert "BAD /no/such/folder: " in done.out
+    assert f"change `path` in {config}" in done.out
+    assert "ok  torch: " in done.out
+    assert "Traceback" not in done.err
