@@ -1,18 +1,22 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor, nn
+
+from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun
 from dit.config.load import load_run
-from dit.diffusion import RECTIFIED_FLOW, build_denoiser, equip
-from dit.distillation import build_distillation, build_student_sampling
-from dit.drawing import Preview
+from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
+from dit.distillation import build_distillation, build_student_sampling, student_backbone, teacher_gap
+from dit.drawing import Preview, guide
 from dit.engine import durable
 from dit.engine.checkpoint import resume
 from dit.engine.deepspeed import Engine
 from dit.engine.loop import fit
 from dit.models import build_backbone
-from dit.runs import Encoders, TrainedRun, null_label, open_for_writing
+from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
 
@@ -28,11 +32,21 @@ def main(run: DistillRun) -> int:
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-    guide = build_denoiser(base.objective, teacher, RECTIFIED_FLOW)  # students live on rectified flow, whatever their teacher's path
-    objective = build_distillation(run.method, guide, encoders.null_text, null_label(base), base.objective.shift)
-    network = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+
+    def flow_of(network: nn.Module) -> Denoiser:
+        return build_denoiser(base.objective, network, RECTIFIED_FLOW)  # students live there, whatever their teacher's path
+
+    def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+        return teacher_gap(objective, flow_of(network), packs, levels)
+
+    guided = guide(flow_of(teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    objective = build_distillation(run.method, guided, base.objective.shift)
+    own = base.model_copy(update={"backbone": student_backbone(run.method, base.backbone)})
+    with distributed.seeded(run.train.seed):
+        network = build_backbone(own.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
     student = equip(network, base.objective)
-    student.load_state_dict(teacher.state_dict())
+    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
+    sampling = build_student_sampling(run.method)
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
     start = resume(engine, folder)
     steps = stream.steps(start)
@@ -40,12 +54,12 @@ def main(run: DistillRun) -> int:
         run,
         engine,
         steps,
-        lambda pack, progress: objective(build_denoiser(base.objective, engine.module, RECTIFIED_FLOW), stream.encode(pack), progress),
+        lambda pack, progress: objective(flow_of(engine.module), stream.encode(pack), progress),
         max_bad_fraction=data.max_bad_fraction,
         left_out=left_out(start),
         leave_out=steps.leave_out,
-        validate=None,
-        preview=Preview(run.preview, build_student_sampling(run.method), encoders, base, folder) if run.preview else None,
+        validate=stream.held_out(run.validation, gap) if run.validation else None,
+        preview=Preview(run.preview, sampling, encoders, own, folder, RECTIFIED_FLOW) if run.preview else None,
     )
     return 0
 

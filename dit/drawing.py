@@ -13,7 +13,6 @@ from dit.config import TrainRun
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
-    RECTIFIED_FLOW,
     AutoGuidance,
     ClassifierFreeGuidance,
     Denoiser,
@@ -39,20 +38,23 @@ def draw(
     size: tuple[int, int, int],
     sampling: SamplingConfig,
     keys: Sequence[int],
+    path: Path | None = None,
 ) -> Tensor:
-    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each."""
+    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each.
+
+    path: what to sample on, None for the path of the objective.
+    """
     patch = base.backbone.patch_size
     grid = check_patch(encoders.latent_size(size, "size"), patch)
     device = encoders.null_text.device
     classes = None if labels is None else torch.tensor(labels, device=device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
-    student = sampling.sampler == "consistency"
-    path = RECTIFIED_FLOW if student else path_of(base.objective, denoiser)  # students live on rectified flow
-    guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
+    on = path or path_of(base.objective, denoiser)
+    guided = guide(build_denoiser(base.objective, denoiser, path), encoders, base, sampling.guidance, on)
     channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
     k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
     trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
-    tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
+    tokens = sample(guided, cond, tuple(keys), channels, sampling, k, on, trained)
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
@@ -105,15 +107,23 @@ def sample_keys(seed: int, count: int) -> list[int]:
 class Preview:
     """Draws the fixed prompts of a run at fixed noise into its `samples/` folder."""
 
-    def __init__(self, config: PreviewConfig, sampling: SamplingConfig, encoders: Encoders, base: TrainRun, folder: pathlib.Path) -> None:
+    def __init__(
+        self,
+        config: PreviewConfig,
+        sampling: SamplingConfig,
+        encoders: Encoders,
+        base: TrainRun,
+        folder: pathlib.Path,
+        path: Path | None = None,
+    ) -> None:
         check_request(encoders, base, config.prompts, config.labels, config.size, "preview.")
-        self.config, self.sampling, self.encoders, self.base, self.folder = config, sampling, encoders, base, folder
+        self.config, self.sampling, self.encoders, self.base, self.folder, self.path = config, sampling, encoders, base, folder, path
 
     def __call__(self, denoiser: Denoiser, step: int) -> Tensor:
         """Draw, write `samples/step-N.png` (and `.gif` for videos), and return the videos (B, T, H, W, 3) uint8."""
         config = self.config
         keys = sample_keys(self.base.train.seed, len(config.prompts))
-        videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys)
+        videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys, self.path)
         name = self.folder / "samples" / f"step-{step:08d}"
         contact_sheet(videos, config.prompts, name.with_suffix(".png"))
         if config.size[0] > 1:

@@ -50,7 +50,7 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
     parts = [slice(first, first + run.batch_size) for first in range(0, len(run.prompts), run.batch_size)]
     labels = run.labels
     videos = [
-        draw(backbone, encoders, trained.base, run.prompts[p], labels and labels[p], run.size, sampling, keys[p])
+        draw(backbone, encoders, trained.base, run.prompts[p], labels and labels[p], run.size, sampling, keys[p], trained.flow)
         for p in track(parts, f"sampling {trained.path.name}")
     ]
     return f"{trained.path.name} {sampling.steps} steps", torch.cat(videos)

@@ -1,7 +1,12 @@
 """`dit train`: shards -> frozen encoders -> objective -> denoiser -> engine -> fit."""
 
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from data_pipelines.packed import PackedLatents
 from dit.config import TrainRun
-from dit.diffusion import build_objective, equip
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser, build_objective, equip, held_out_loss
 from dit.drawing import Preview
 from dit.engine.checkpoint import resume
 from dit.engine.deepspeed import Engine
@@ -23,6 +28,10 @@ def main(run: TrainRun) -> int:
         network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
         backbone = equip(network, run.objective)
     engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
+
+    def held_out(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+        return held_out_loss(build_denoiser(run.objective, network, RECTIFIED_FLOW), packs, levels)  # comparable over paths
+
     start = resume(engine, folder)
     steps = stream.steps(start)
     fit(
@@ -33,7 +42,7 @@ def main(run: TrainRun) -> int:
         max_bad_fraction=run.data.max_bad_fraction,
         left_out=left_out(start),
         leave_out=steps.leave_out,
-        validate=stream.held_out(run.validation, run.objective) if run.validation else None,
+        validate=stream.held_out(run.validation, held_out) if run.validation else None,
         preview=Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None,
         flops_of=stream.training_flops,
     )

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from data_pipelines.config import DataConfig, Section, Size, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import ConsistencyConfig, TeacherConfig
+from dit.config.distillation import MethodConfig, TeacherConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
 from dit.config.evaluation import AdherenceConfig, Metric, ShapesClips, StoredClips
@@ -64,7 +64,7 @@ class TrainRun(FitRun):
 
 class DistillRun(FitRun):
     teacher: TeacherConfig
-    method: ConsistencyConfig
+    method: MethodConfig
     data: DataConfig | None = None
     """None reuses the teacher's data."""
 

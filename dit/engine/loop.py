@@ -154,7 +154,7 @@ class BadBudget:
 
 
 def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, grad_norm: float, losses: HeldOut | None) -> None:
-    figures = {"loss": totals.loss, "grad_norm": grad_norm, "lr": engine.lr}
+    figures = {"loss": totals.loss, "grad_norm": grad_norm, "lr": engine.lr, **totals.figures}
     line: dict[str, Any] = {
         "step": engine.step,
         "samples_seen": engine.samples_seen,
