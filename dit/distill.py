@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from data_pipelines.errors import UserError
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun
 from dit.config.load import load_run
@@ -27,6 +28,11 @@ def main(run: DistillRun) -> int:
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
+    if getattr(run.method, "derivative", None) == "forward" and base.objective.path.name != "rectified_flow":
+        raise UserError(
+            f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
+            "set method.derivative: difference"
+        )
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)

@@ -34,11 +34,12 @@ class ContinuousConsistency:
 
         Its value says little, for g is normalised: look at `tangent_norm`, the root mean square of g before, 0 for the exact student.
         """
-        config, cond = self.config, batch.cond
-        x_t, noise, t = noised(batch, times.draw(config.times, self.token_shift, batch.keys, cond.lengths))
+        config = self.config
+        x_t, noise, t = noised(batch, times.draw(config.times, self.token_shift, batch.keys, batch.cond.lengths))
+        cond = batch.cond.over(t)
         with torch.no_grad():
-            velocity = flow_of(config.flow, self.teacher, batch, noise)(x_t, t, cond).float()
-        rate = derivative(student, x_t, t, velocity, cond, config.difference)
+            velocity = flow_of(config.flow, self.teacher, batch, noise)(x_t, t, batch.cond).float()
+        rate = derivative(student, x_t, t, velocity, cond, config.derivative, config.step)
         answer = student(x_t, t, cond).float()
         part = min(1.0, progress / config.warmup) if config.warmup else 1.0
         to_angle = (t.square() + (1 - t).square()).sqrt()  # dF/dv = 1 / (cos + sin), whose square is dt/dangle

@@ -1,10 +1,12 @@
 """What methods share: the flow that a student learns to jump along, steps on it, and the student's derivative by it."""
 
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, assert_never
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.diffusion.denoiser import Denoiser
@@ -43,13 +45,25 @@ def follow(flow: Denoiser, x: Tensor, levels: Tensor, cond: Conditioning, slope:
 
 
 @torch.no_grad()
-def derivative(student: Denoiser, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, step: float) -> Tensor:
-    """d/dt of the student's answer (L, P) along the flow, the level that it jumps to staying where it is; (L, P) float32.
+def derivative(
+    student: Denoiser, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, how: Literal["difference", "forward"], step: float
+) -> Tensor:
+    """d/dt of the student's answer (L, P) along the flow, the level that it jumps to staying where it is; (L, P) in the dtype of `velocity`.
 
-    A central difference over t +- step, one-sided at the ends of [0, 1]: it takes any attention kernel and any sharding, at two calls.
+    A central difference over t +- step, one-sided at the ends of [0, 1]: two calls; or forward mode: one call on dual numbers.
     """
-    answers, levels = [], [(t + step).clamp(max=1), (t - step).clamp(min=0)]
-    for level in levels:
-        moved = x + on_tokens(level - t, cond, x) * velocity
-        answers.append(student(moved, level, cond if cond.jump is None else cond.over(cond.jump + level - t)).float())
-    return (answers[0] - answers[1]) / on_tokens(levels[0] - levels[1], cond, answers[0])
+
+    def moved(level: Tensor, x: Tensor) -> Tensor:
+        return student(x, level, cond if cond.jump is None else cond.over(cond.jump + level - t))
+
+    match how:
+        case "forward":
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                level = forward_ad.make_dual(t, torch.ones_like(t))
+                return forward_ad.unpack_dual(moved(level, forward_ad.make_dual(x, velocity.to(x)))).tangent.to(velocity)
+        case "difference":
+            upper, lower = (t + step).clamp(max=1), (t - step).clamp(min=0)
+            after, before = (moved(level, x + on_tokens(level - t, cond, x) * velocity.to(x)) for level in (upper, lower))
+            return (after - before).to(velocity) / on_tokens(upper - lower, cond, velocity)
+        case _:
+            assert_never(how)

@@ -36,7 +36,7 @@ class MeanFlow:
         cond = batch.cond.over(jump)
         with torch.no_grad():
             velocity = flow_of(config.flow, self.teacher, batch, noise)(x_t, t, batch.cond).float()
-        rate = derivative(student, x_t, t, velocity, cond, config.difference)
+        rate = derivative(student, x_t, t, velocity, cond, config.derivative, config.step)
         target = velocity - on_tokens(jump, cond, rate) * rate
         squared = cond.per_sample((student(x_t, t, cond).float() - target).square())
         weight = (squared.detach() + config.constant) ** -config.power

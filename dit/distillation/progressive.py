@@ -32,7 +32,7 @@ class Progressive:
         levels = self._levels(times.uniforms(batch.keys, False), batch.cond.lengths)
         x_t, _, t = noised(batch, levels[0])
         _, mean = follow(self.teacher, x_t, levels, batch.cond, euler_slope)
-        error = (student(x_t, t, batch.cond).float() - mean).square()
+        error = (euler_slope(student, x_t, t, levels[-1].to(t), batch.cond).float() - mean).square()
         return Losses(batch.cond.per_sample(error) * batch.weights, t)
 
     def jumps(self, t: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
