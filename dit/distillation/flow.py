@@ -48,7 +48,7 @@ def follow(flow: Denoiser, x: Tensor, levels: Tensor, cond: Conditioning, slope:
 def derivative(
     student: Denoiser, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, how: Literal["difference", "forward"], step: float
 ) -> Tensor:
-    """d/dt of the student's answer (L, P) along the flow, the level that it jumps to staying where it is; (L, P) in the dtype of `velocity`.
+    """d/dt of the student's answer along the flow, the level that it jumps to staying where it is: (L, P), in the dtype of `velocity`.
 
     A central difference over t +- step, one-sided at the ends of [0, 1]: two calls; or forward mode: one call on dual numbers.
     """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dit.diffusion import euler, heun, schedule
-from dit.diffusion.ground_truth import GaussianMixture, points
+from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, points
 from tests.dit.distillation.toy_students import Student, Weights, distil, draw, method, root_mean_square, teach, weights
 
 MIXTURE = GaussianMixture(
