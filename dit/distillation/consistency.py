@@ -19,7 +19,7 @@ from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import distance, noised
 from dit.diffusion.paths import on_tokens
 from dit.diffusion.samplers import euler_slope, heun_slope
-from dit.distillation.flow import flow_of, follow
+from dit.distillation.flow import Walk, flow_of, follow
 from dit.runtime.losses import Losses
 
 
@@ -70,9 +70,9 @@ class ConsistencyDistillation:
         """The lower end of the phase of each time u before the shift; an end belongs to the phase below it."""
         return ((u * self.config.phases - 1e-9).ceil() - 1).clamp(min=0) / self.config.phases
 
-    def jumps(self, t: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
         k = times.shifts(lengths, self.token_shift)
-        return t, times.shift(self._end(times.shift(t, 1 / k)), k)
+        return Walk.fine(t, times.shift(self._end(times.shift(t, 1 / k)), k))
 
     @torch.no_grad()
     def _target(self, student: Denoiser, flow: Denoiser, x_t: Tensor, levels: tuple[Tensor, Tensor, Tensor], cond: Conditioning) -> Tensor:

@@ -14,7 +14,7 @@ from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
 from dit.diffusion.paths import on_tokens
-from dit.distillation.flow import derivative, flow_of
+from dit.distillation.flow import Walk, derivative, flow_of
 from dit.runtime.losses import Losses
 
 
@@ -50,5 +50,5 @@ class ContinuousConsistency:
         squared = cond.per_sample((on_tokens(to_angle, cond, rate) * answer - goal).square())
         return Losses(squared * batch.weights, t, {"tangent_norm": norm.masked_fill(batch.weights == 0, torch.nan)})
 
-    def jumps(self, t: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return t, torch.zeros_like(t)
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
+        return Walk.fine(t, torch.zeros_like(t))

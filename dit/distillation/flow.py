@@ -1,7 +1,8 @@
 """What methods share: the flow that a student learns to jump along, steps on it, and the student's derivative by it."""
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, Protocol, assert_never
+from typing import Literal, NamedTuple, Protocol, assert_never
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.paths import on_tokens
-from dit.diffusion.samplers import Slope
+from dit.diffusion.samplers import Slope, heun
 from dit.runtime.losses import Losses
 
 
@@ -22,9 +23,21 @@ class Distillation(Protocol):
 
     def __call__(self, student: Denoiser, batch: PackedLatents, progress: float, /) -> Losses: ...
 
-    def jumps(self, t: Tensor, lengths: tuple[int, ...], /) -> tuple[Tensor, Tensor]:
-        """The jump of a trained student that begins nearest to t (n,), from where to where: (n,) float64 each."""
+    def walk(self, t: Tensor, lengths: tuple[int, ...], /) -> "Walk":
+        """What the teacher does where a trained student jumps once, from t (n,) or the next level above that it knows."""
         ...
+
+
+class Walk(NamedTuple):
+    """Levels (steps + 1, n), float64 and falling, and the sampler that visits them."""
+
+    levels: Tensor
+    sampler: Callable[[Denoiser, Tensor, Tensor, Conditioning], Tensor]
+
+    @classmethod
+    def fine(cls, start: Tensor, end: Tensor, steps: int = 12) -> "Walk":
+        """Heun steps, ever shorter towards the end, for the last onto t = 0 is Euler's. start, end: (n,)."""
+        return cls(torch.stack([torch.lerp(end, start, (1 - i / steps) ** 2) for i in range(steps + 1)]), heun)
 
 
 def flow_of(flow: Literal["teacher", "data"], teacher: Denoiser, batch: PackedLatents, noise: Tensor) -> Denoiser:

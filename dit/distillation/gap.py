@@ -9,11 +9,8 @@ from data_pipelines.packed import PackedLatents
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
 from dit.diffusion.paths import on_tokens
-from dit.diffusion.samplers import euler_slope, heun
+from dit.diffusion.samplers import euler_slope
 from dit.distillation.flow import Distillation
-
-WALK = 12
-"""Heun steps of the teacher for one jump, ever shorter towards its end: the last onto t = 0 is Euler's."""
 
 
 @torch.no_grad()
@@ -25,11 +22,9 @@ def teacher_gap(method: Distillation, student: Denoiser, batches: Sequence[Packe
     gaps = []
     for batch in batches:
         for level in levels:
-            start, end = method.jumps(torch.full((len(batch.keys),), level, dtype=torch.float64), batch.cond.lengths)
-            x_t, _, t = noised(batch, start)
-            way = torch.stack([torch.lerp(end, start, (1 - i / WALK) ** 2) for i in range(WALK + 1)])
-            walked = heun(method.teacher, x_t, way, batch.cond)
-            mean = (x_t - walked) / on_tokens(start - end, batch.cond, x_t)
-            error = (euler_slope(student, x_t, t, end.to(t), batch.cond).float() - mean).square()
+            walk, sampler = method.walk(torch.full((len(batch.keys),), level, dtype=torch.float64), batch.cond.lengths)
+            x_t, _, t = noised(batch, walk[0])
+            mean = (x_t - sampler(method.teacher, x_t, walk, batch.cond)) / on_tokens(walk[0] - walk[-1], batch.cond, x_t)
+            error = (euler_slope(student, x_t, t, walk[-1].to(t), batch.cond).float() - mean).square()
             gaps.append(batch.cond.per_sample(error).double().masked_fill(batch.weights == 0, torch.nan).cpu())
     return torch.cat([torch.stack(gaps[i : i + len(levels)]) for i in range(0, len(gaps), len(levels))], dim=1)

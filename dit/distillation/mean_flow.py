@@ -14,7 +14,7 @@ from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
 from dit.diffusion.paths import on_tokens
-from dit.distillation.flow import derivative, flow_of
+from dit.distillation.flow import Walk, derivative, flow_of
 from dit.runtime.losses import Losses
 
 
@@ -44,8 +44,8 @@ class MeanFlow:
         figures = {"velocity_error": error.where(jump == 0, torch.nan), "jump_error": error.masked_fill(is_plain, torch.nan)}
         return Losses(weight * squared * batch.weights, t, figures)
 
-    def jumps(self, t: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return t, torch.zeros_like(t)
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
+        return Walk.fine(t, torch.zeros_like(t))
 
     def _levels(self, batch: PackedLatents) -> tuple[Tensor, Tensor]:
         """t and r of each sample, (n,) float64: two draws in order, the same draw twice for `plain_fraction` of the samples."""

@@ -12,8 +12,8 @@ from dit.config.objective import ShiftConfig
 from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
-from dit.diffusion.samplers import euler_slope
-from dit.distillation.flow import follow
+from dit.diffusion.samplers import euler, euler_slope
+from dit.distillation.flow import Walk, follow
 from dit.runtime.losses import Losses
 
 
@@ -35,9 +35,8 @@ class Progressive:
         error = (euler_slope(student, x_t, t, levels[-1].to(t), batch.cond).float() - mean).square()
         return Losses(batch.cond.per_sample(error) * batch.weights, t)
 
-    def jumps(self, t: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        levels = self._levels(times.shift(t, 1 / times.shifts(lengths, self.token_shift)), lengths)
-        return levels[0], levels[-1]
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
+        return Walk(self._levels(times.shift(t, 1 / times.shifts(lengths, self.token_shift)), lengths), euler)
 
     def _levels(self, u: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """The levels that the teacher visits in the student's step around `u` (n,): (teacher_steps + 1, n) float64, falling."""

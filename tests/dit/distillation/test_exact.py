@@ -88,9 +88,9 @@ def test_jumps_end_where_the_sampler_steps(name: str) -> None:
     config = method(**{"name": name, **METHODS[name]})
     objective = build_distillation(config, GAUSSIAN, TokenShift(base_tokens=4))  # k = 1/2 for one token
     levels = schedule(build_student_sampling(config).steps, 0.5)
-    start, end = objective.jumps(levels[:-1], (1,) * 4)
-    torch.testing.assert_close(start, levels[:-1])
-    torch.testing.assert_close(end, levels[1:])
+    walk = objective.walk(levels[:-1], (1,) * 4).levels
+    torch.testing.assert_close(walk[0], levels[:-1])
+    torch.testing.assert_close(walk[-1], levels[1:])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
