@@ -68,6 +68,15 @@ class DistillRun(FitRun):
     data: DataConfig | None = None
     """None reuses the teacher's data."""
 
+    @model_validator(mode="after")
+    def _differences_are_resolved(self) -> Self:
+        if self.engine.precision == "bf16" and getattr(self.method, "derivative", None) == "difference":
+            raise ValueError(
+                "engine.precision=bf16 and method.derivative=difference: a difference of bf16 answers is rounding alone; "
+                "set method.derivative: forward, or engine.precision: fp32"
+            )
+        return self
+
 
 class EncodeRun(Section):
     sources: Annotated[list[Source], Field(min_length=1)]

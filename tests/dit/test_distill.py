@@ -1,7 +1,9 @@
 """What `dit distill` decides before it runs."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +41,14 @@ def test_a_student_keeps_the_teacher_that_it_began_with(tmp_path: Path) -> None:
     (teacher / "step-00000010").mkdir()
     assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
     assert with_fixed_teacher(request(tmp_path, 10)).teacher.step == 10
+
+
+def test_a_difference_of_bf16_answers_is_refused() -> None:
+    values = request(Path("runs"), None).model_dump() | {"engine": {"precision": "bf16"}}
+    for derivative, fits in (("forward", True), ("difference", False)):
+        values["method"] = {"name": "mean_flow", "guidance": {"s": 2}, "derivative": derivative}
+        with nullcontext() if fits else pytest.raises(ValueError, match=r"method\.derivative: forward"):
+            DistillRun.model_validate(values)
 
 
 BASE = TrainRun.model_validate(

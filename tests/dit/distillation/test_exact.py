@@ -16,7 +16,7 @@ from dit.diffusion.objectives import noised
 from dit.diffusion.times import draw as draw_times
 from dit.distillation import build_distillation, build_student_sampling, teacher_gap
 from dit.distillation.flow import derivative
-from dit.models import build_backbone
+from dit.models import SpatioTemporalDiT, build_backbone
 from tests.dit.distillation.toy_students import method
 
 GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -0.2]]), torch.tensor([0.3]), torch.tensor([1.0]))
@@ -111,7 +111,7 @@ def test_data_move_along_their_own_line() -> None:
         method(name="consistency", flow="data", guidance={"s": 3.0})
 
 
-def small_dit() -> tuple[Denoiser, Tensor, Tensor, Tensor, Conditioning]:
+def small_dit() -> tuple[SpatioTemporalDiT, Tensor, Tensor, Tensor, Conditioning]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "depth": 2, "num_heads": 2, "ffn_size": 40, "patch_size": (1, 1, 1), "frequency_size": 16, "jumps": True}
     network = build_backbone(SpatioTemporalDiTConfig.model_validate(sizes), channels=4, text_width=5).double()
@@ -131,6 +131,16 @@ def test_the_derivative_through_the_backbone_is_the_same_by_differences_and_by_d
     assert errors[-1] < 3e-3
     assert 3.5 < errors[0] / errors[1] < 4.5  # second order
     assert 3.5 < errors[1] / errors[2] < 4.5
+
+
+def test_forward_mode_holds_in_bf16_and_under_activation_checkpointing() -> None:
+    network, x, t, velocity, cond = small_dit()
+    truth = derivative(network, x, t, velocity, cond, "forward", 0.0)
+    again = build_backbone(network.config.model_copy(update={"activation_checkpointing": "full"}), channels=4, text_width=5).double()
+    again.load_state_dict(network.state_dict())
+    torch.testing.assert_close(derivative(again, x, t, velocity, cond, "forward", 0.0), truth)
+    rounded = derivative(network.bfloat16(), x.float(), t.float(), velocity.float(), cond, "forward", 0.0)
+    assert float((rounded.double() - truth).norm() / truth.norm()) < 3e-2
 
 
 def test_a_difference_is_one_sided_at_the_ends_of_time() -> None:
