@@ -1,5 +1,6 @@
 """Small students of analytic teachers, trained by the objectives of the project in seconds."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -49,10 +50,20 @@ def features(t: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+@lru_cache(maxsize=2)
+def pool(truth: Truth) -> Tensor:
+    return truth.draw(50_000, 0).float()
+
+
+def some(truth: Truth, count: int, step: int) -> Tensor:
+    """Latents of a step, out of a pool: quantiles of a mixture take their time."""
+    return pool(truth)[torch.randint(50_000, (count,), generator=torch.Generator().manual_seed(step))]
+
+
 def pack(truth: Truth, count: int, step: int) -> PackedLatents:
     cond = pack_conditioning([(1, TOKENS, 1)] * count, [torch.zeros(1, 4)] * count)
     keys = tuple(range(count * step, count * (step + 1)))
-    return PackedLatents(truth.draw(count * TOKENS, step).float(), cond, keys, ("",) * count, torch.ones(count))
+    return PackedLatents(some(truth, count * TOKENS, step), cond, keys, ("",) * count, torch.ones(count))
 
 
 def teach(truth: Truth, student: Student, steps: int, lr: float) -> Student:
@@ -62,7 +73,7 @@ def teach(truth: Truth, student: Student, steps: int, lr: float) -> Student:
     cond = points(256)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * min(1.0, 2 - 2 * step / steps)
-        latents = truth.draw(256, step).float()
+        latents = some(truth, 256, step)
         t = torch.rand(256, generator=rng)
         x_t = torch.lerp(latents, torch.randn(latents.shape, generator=rng), t[:, None])
         loss = (student(x_t, t, cond) - truth(x_t, t, cond)).square().mean()
