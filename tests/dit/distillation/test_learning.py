@@ -52,17 +52,16 @@ def taught_by_modes() -> Weights:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("options", "steps"),
-    [({"name": "consistency", "stages": 6}, 4), ({"name": "mean_flow"}, 4), ({"name": "continuous_consistency"}, 1)],
+    [({"name": "consistency", "stages": 6}, 4), ({"name": "mean_flow"}, 4), ({"name": "continuous_consistency"}, 2)],
     ids=["consistency", "mean_flow", "continuous_consistency"],
 )
 def test_a_student_of_256_modes_is_near_the_exact_map(options: dict[str, object], steps: int, taught_by_modes: Weights) -> None:
-    """One jump within 0.14 of the exact flow map per coordinate and 0.11 of the data in Wasserstein-2, and no worse at more steps."""
+    """One jump within 0.085 of the exact flow map per coordinate and 0.075 of the data in Wasserstein-2, and no worse at more steps."""
     truth, student, config = ProductMixture.standard(), Student(8, 128, 3), method(**options)
     student.load_state_dict(taught_by_modes)
     distil(config, truth, truth, student, steps=2500, lr=2e-3, count=64)
     noise, jumped = draw(student, config, 8, 1, count=20_000)
     distances = {number: truth.distance(draw(student, config, 8, number, count=20_000)[1]) for number in (1, 2, 4)}
-    print(options, root_mean_square(jumped - truth.flow_map(noise.double(), 1.0, 0.0)), distances)
-    assert root_mean_square(jumped - truth.flow_map(noise.double(), 1.0, 0.0)) < 0.14
-    assert distances[1] < 0.11
+    assert root_mean_square(jumped - truth.flow_map(noise.double(), 1.0, 0.0)) < 0.085
+    assert distances[1] < 0.075
     assert distances[steps] < 1.05 * distances[1]
