@@ -6,6 +6,7 @@ the Wan family. Noise is added and loss is taken in this layout; images exist on
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,7 +25,7 @@ class Conditioning:
 
     grids: (t, h, w) in tokens, one per sample. text: (S, D_text), the samples' text tokens one after another.
     text_lengths: text tokens of each sample. rows: (L,) which row of t each token is at, or None for one row a sample.
-    labels: (n,) class labels, or None.
+    labels: (n,) class labels, or None. jump: (R,) how much of t the answer is to be the mean velocity over, None for 0: the velocity at t.
     """
 
     grids: tuple[Grid, ...]
@@ -32,6 +33,7 @@ class Conditioning:
     text_lengths: tuple[int, ...]
     rows: Tensor | None = None
     labels: Tensor | None = None
+    jump: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert len(self.text_lengths) == len(self.grids), (len(self.text_lengths), len(self.grids))
@@ -67,14 +69,21 @@ class Conditioning:
         """The same samples under other texts (n tensors (S_i, D_text)) and labels."""
         return replace(self, text=torch.cat(list(texts)), text_lengths=tuple(len(x) for x in texts), labels=labels)
 
+    def over(self, jump: Tensor) -> "Conditioning":
+        """The same samples, asked for the mean velocity from t down to t - jump (R,). Networks without that input do not see it."""
+        cond = copy(self)  # with all that is cached: nothing else changes
+        object.__setattr__(cond, "jump", jump)
+        return cond
+
     def beside(self, other: "Conditioning") -> "Conditioning":
         """Both sets of samples in one pack, so that a single call of the network serves two conditions."""
         first = self.sample_of_token if self.rows is None else self.rows
         second = other.sample_of_token if other.rows is None else other.rows
         rows = None if self.rows is None and other.rows is None else torch.cat([first, second + int(first.max()) + 1])
         labels = None if self.labels is None or other.labels is None else torch.cat([self.labels, other.labels])
+        jump = None if self.jump is None or other.jump is None else torch.cat([self.jump, other.jump])
         text = torch.cat([self.text, other.text])
-        return Conditioning(self.grids + other.grids, text, self.text_lengths + other.text_lengths, rows, labels)
+        return Conditioning(self.grids + other.grids, text, self.text_lengths + other.text_lengths, rows, labels, jump)
 
 
 @dataclass(frozen=True)

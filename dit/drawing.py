@@ -15,7 +15,6 @@ from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
-    RECTIFIED_FLOW,
     AutoGuidance,
     ClassifierFreeGuidance,
     Denoiser,
@@ -49,38 +48,41 @@ def draw(
     size: tuple[int, int, int],
     sampling: SamplingConfig,
     keys: Sequence[int],
+    path: Path | None = None,
     edit: Edit | None = None,
 ) -> Tensor:
-    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each. edit: what to start from."""
+    """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each.
+
+    path: what to sample on, None for the path of the objective. edit: what to start from.
+    """
     patch = base.backbone.patch_size
     grid = check_patch(encoders.latent_size(size, "size"), patch)
     device = encoders.null_text.device
     classes = None if labels is None else torch.tensor(labels, device=device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
-    student = sampling.sampler == "consistency"
-    path = RECTIFIED_FLOW if student else path_of(base.objective, denoiser)  # students live on rectified flow
+    on = path or path_of(base.objective, denoiser)
     k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
     trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
     if edit is None:
-        guided = guide(build_denoiser(base.objective, denoiser, path if student else None), encoders, base, sampling.guidance, path)
+        guided = guide(build_denoiser(base.objective, denoiser, path), encoders, base, sampling.guidance, on)
         channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
-        tokens = sample(guided, cond, tuple(keys), channels, sampling, k, path, trained)
+        tokens = sample(guided, cond, tuple(keys), channels, sampling, k, on, trained)
     else:
         given = edit.tokens(encoders, patch, len(prompts))
         network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
-        plain = build_denoiser(base.objective, network, path if student else None)
-        guided = guide(plain, encoders, base, sampling.guidance, path)
-        times = levels(sampling, k, path, trained).to(device)
+        plain = build_denoiser(base.objective, network, path)
+        guided = guide(plain, encoders, base, sampling.guidance, on)
+        times = levels(sampling, k, on, trained).to(device)
         match edit.config:
             case SDEdit(strength=strength):
-                tokens = vary(guided, given.latents, cond, keys, times, sampling, path, strength)
+                tokens = vary(guided, given.latents, cond, keys, times, sampling, on, strength)
             case Invert(caption=caption, solver=solver):
                 shown = cond.with_text(encoders.text.encode([caption] * len(prompts)), classes)
-                start = invert(plain, given.latents, shown, times, solver, path)
-                tokens = follow(guided, start, times, cond, keys, sampling, path)
+                start = invert(plain, given.latents, shown, times, solver, on)
+                tokens = follow(guided, start, times, cond, keys, sampling, on)
             case Inpaint() | Outpaint() | Frames() | Extend():
                 repeats, jump = edit.resampling
-                tokens = complete(guided, given, cond, keys, times, sampling, path, repeats, jump)
+                tokens = complete(guided, given, cond, keys, times, sampling, on, repeats, jump)
             case _:
                 assert_never(edit.config)
     videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
@@ -136,15 +138,23 @@ def sample_keys(seed: int, count: int) -> list[int]:
 class Preview:
     """Draws the fixed prompts of a run at fixed noise into its `samples/` folder."""
 
-    def __init__(self, config: PreviewConfig, sampling: SamplingConfig, encoders: Encoders, base: TrainRun, folder: pathlib.Path) -> None:
+    def __init__(
+        self,
+        config: PreviewConfig,
+        sampling: SamplingConfig,
+        encoders: Encoders,
+        base: TrainRun,
+        folder: pathlib.Path,
+        path: Path | None = None,
+    ) -> None:
         check_request(encoders, base, config.prompts, config.labels, config.size, "preview.")
-        self.config, self.sampling, self.encoders, self.base, self.folder = config, sampling, encoders, base, folder
+        self.config, self.sampling, self.encoders, self.base, self.folder, self.path = config, sampling, encoders, base, folder, path
 
     def __call__(self, denoiser: Denoiser, step: int) -> Tensor:
         """Draw, write `samples/step-N.png` (and `.gif` for videos), and return the videos (B, T, H, W, 3) uint8."""
         config = self.config
         keys = sample_keys(self.base.train.seed, len(config.prompts))
-        videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys)
+        videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys, self.path)
         if distributed.rank() > 0:  # it draws because every rank holds a part of the weights
             return videos
         name = self.folder / "samples" / f"step-{step:08d}"

@@ -159,7 +159,7 @@ def _judge(
         check_request(encoders, trained.base, split.captions, labels, size, "clips.")
         for number, part in enumerate(track(parts, label)):
             captions, classes = split.captions[part], None if labels is None else labels[part]
-            videos = draw(backbone, encoders, trained.base, captions, classes, size, sampling, keys[part])
+            videos = draw(backbone, encoders, trained.base, captions, classes, size, sampling, keys[part], trained.flow)
             shown += [videos] if sum(map(len, shown)) < SHOWN else []
             split.others += [videos] if keep else []
             yield Batch(videos, captions, split.others[number] if split.others and index else None)

@@ -47,7 +47,7 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
     encoders = Encoders.load(trained.base.encoders, distributed.device())
     stream = Stream(run.data or trained.base.data, encoders, trained.base.backbone, run.train.seed)
     if isinstance(run, DistillRun):
-        engine, losses_of = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)
+        engine, losses_of, _ = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)
     else:
         engine, losses_of = train.compose(run, encoders, stream)
     steps = stream.steps(resume(engine, trained.path, before=step))

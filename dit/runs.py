@@ -27,8 +27,9 @@ from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.encoders import EncodersConfig
 from dit.config.load import load_run, save_resolved
 from dit.config.objective import SamplingConfig
-from dit.diffusion import equip
-from dit.distillation import build_student_sampling
+from dit.diffusion import RECTIFIED_FLOW, equip
+from dit.diffusion import Path as FlowPath
+from dit.distillation import build_student_sampling, student_backbone
 from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
@@ -66,7 +67,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run directory as read: its config, and the training run whose backbone and encoders its weights have."""
+    """A run directory as read: its config, and the training run with the backbone and encoders that its weights have."""
 
     path: Path
     run: TrainRun | DistillRun
@@ -82,7 +83,9 @@ class TrainedRun:
                 f"{key}={path} is not a run directory: it has no config.resolved.yaml. Expected the `out` of a dit train or dit distill"
             )
         if (folder / "teacher.resolved.yaml").is_file():
-            return cls(folder, load_run(DistillRun, str(resolved)), load_run(TrainRun, str(folder / "teacher.resolved.yaml")))
+            student, teacher = load_run(DistillRun, str(resolved)), load_run(TrainRun, str(folder / "teacher.resolved.yaml"))
+            backbone = student_backbone(student.method, teacher.backbone)
+            return cls(folder, student, teacher.model_copy(update={"backbone": backbone}))
         run = load_run(TrainRun, str(resolved))
         return cls(folder, run, run)
 
@@ -90,6 +93,11 @@ class TrainedRun:
         """The sampler that `contestant` asks for, else this run's own."""
         sampling = contestant.sampling or self.sampling
         return sampling.model_copy(update={"steps": contestant.steps}) if contestant.steps else sampling
+
+    @property
+    def flow(self) -> FlowPath | None:
+        """The path that its network is sampled on; None for that of its objective. Students live on rectified flow, as they were taught."""
+        return RECTIFIED_FLOW if isinstance(self.run, DistillRun) else None
 
     @property
     def sampling(self) -> SamplingConfig:

@@ -61,7 +61,7 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
 
     def window(part: slice, edit: Edit | None, keys: list[int]) -> Tensor:
         labels = run.labels and run.labels[part]
-        return draw(backbone, encoders, trained.base, run.prompts[part], labels, run.size, sampling, keys, edit)
+        return draw(backbone, encoders, trained.base, run.prompts[part], labels, run.size, sampling, keys, trained.flow, edit)
 
     videos = [
         extend(partial(window, p), edit, keys[p]) if edit and isinstance(run.edit, Extend) else window(p, edit, keys[p])

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipelines import decode, randomness
 from data_pipelines.config import DataConfig, Size, Source
@@ -22,8 +22,6 @@ from data_pipelines.sources import read_source
 from data_pipelines.storage import read_file
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.engine import ValidationConfig
-from dit.config.objective import ObjectiveConfig
-from dit.diffusion import RECTIFIED_FLOW, build_denoiser, held_out_loss
 from dit.encoders import prepare
 from dit.engine.held_out import HeldOut
 from dit.models.flops import forward_flops
@@ -66,8 +64,13 @@ class Stream:
         """What a run of `samples` will be trained on, before the first step."""
         return str(report(self.plan, samples))
 
-    def held_out(self, config: ValidationConfig, objective: ObjectiveConfig) -> Callable[[nn.Module], HeldOut]:
-        """A function that measures the losses at fixed noise on the first samples of a source that training does not see."""
+    def held_out(
+        self, config: ValidationConfig, losses_of: Callable[[nn.Module, Sequence[PackedLatents], Sequence[float]], Tensor]
+    ) -> Callable[[nn.Module], HeldOut]:
+        """A function that measures the losses at fixed noise on the first samples of a source that training does not see.
+
+        losses_of(network, packs, levels): (levels, n), NaN for holes.
+        """
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
         data = self.config.model_copy(update={"sources": [source], "packs_per_step": 1, "num_workers": 0})
@@ -86,8 +89,7 @@ class Stream:
 
         @torch.no_grad()
         def measure(network: nn.Module) -> HeldOut:
-            denoiser = build_denoiser(objective, network, RECTIFIED_FLOW)  # comparable over paths
-            return HeldOut(held_out_loss(denoiser, packs, config.times)[:, real], config.times, shapes, samples)
+            return HeldOut(losses_of(network, packs, config.times)[:, real], config.times, shapes, samples)
 
         return measure
 

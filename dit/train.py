@@ -1,7 +1,12 @@
 """`dit train`: shards -> frozen encoders -> objective -> denoiser -> engine -> fit."""
 
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from data_pipelines.packed import PackedLatents
 from dit.config import TrainRun
-from dit.diffusion import build_objective, equip
+from dit.diffusion import RECTIFIED_FLOW, build_denoiser, build_objective, equip, held_out_loss
 from dit.drawing import Preview
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
@@ -19,6 +24,10 @@ def main(run: TrainRun) -> int:
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
     folder = open_for_writing(run, run, stream.describe(run.train.samples))
     engine, losses_of = compose(run, encoders, stream)
+
+    def held_out(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+        return held_out_loss(build_denoiser(run.objective, network, RECTIFIED_FLOW), packs, levels)  # comparable over paths
+
     start = resume(engine, folder)
     steps = stream.steps(start)
     fit(
@@ -29,7 +38,7 @@ def main(run: TrainRun) -> int:
         max_bad_fraction=run.data.max_bad_fraction,
         left_out=left_out(start),
         leave_out=steps.leave_out,
-        validate=stream.held_out(run.validation, run.objective) if run.validation else None,
+        validate=stream.held_out(run.validation, held_out) if run.validation else None,
         preview=Preview(run.preview, run.preview.sampling, encoders, run, folder) if run.preview else None,
         flops_of=stream.training_flops,
     )

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, SizeRule, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import ConsistencyConfig, TeacherConfig
+from dit.config.distillation import MethodConfig, TeacherConfig
 from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, GuardConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
@@ -68,9 +68,18 @@ class TrainRun(FitRun):
 
 class DistillRun(FitRun):
     teacher: TeacherConfig
-    method: ConsistencyConfig
+    method: MethodConfig
     data: DataConfig | None = None
     """None reuses the teacher's data."""
+
+    @model_validator(mode="after")
+    def _differences_are_resolved(self) -> Self:
+        if self.engine.precision == "bf16" and getattr(self.method, "derivative", None) == "difference":
+            raise ValueError(
+                "engine.precision=bf16 and method.derivative=difference: a difference of bf16 answers is rounding alone; "
+                "set method.derivative: forward, or engine.precision: fp32"
+            )
+        return self
 
 
 class EncodeRun(Section):

@@ -28,6 +28,8 @@ class SpatioTemporalDiTConfig(Section):
     """Class-conditional: number of labels (one more is learned for "no class")."""
     learned_variance: bool = False
     """Twice the output channels: the second half says where the variance of a reverse step lies (objective.variance: learned)."""
+    jumps: bool = False
+    """Also told over how much of t to answer with the mean velocity: set by `dit distill` for students that need it."""
     frequency_size: PositiveInt = 256
     """Sinusoidal features of t."""
     attention_backend: Literal["sdpa", "xformers"] = "sdpa"

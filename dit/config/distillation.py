@@ -2,36 +2,56 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_pipelines.config import Section
 from dit.config.objective import Guidance, LogitNormalTimes, UniformTimes
 
+StudentTimes = Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")]
 
-class ConsistencyConfig(Section):
-    """Discrete guided consistency distillation on the rectified-flow path (Luo et al. 2023, arXiv:2310.04378; the (t, r)
-    schedule of Geng et al. 2024, arXiv:2406.14548; phases of Wang et al. 2024, arXiv:2405.18407)."""
 
-    name: Literal["consistency"] = "consistency"
+class _Method(Section):
     guidance: Guidance
     """Guidance of the teacher that the student bakes in; the student then needs one call a step."""
-    times: Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")] = UniformTimes(name="uniform")
+    student_steps: PositiveInt = 4
+    """Steps that the student's sampler takes by default; stored with the student."""
+
+
+class _Flow(_Method):
+    flow: Literal["teacher", "data"] = "teacher"
+    """What moves x_t: the guided teacher; or the straight line to the sample's own latents, which needs no teacher but its weights, to
+    start from, and many more steps for the same student."""
+
+    @model_validator(mode="after")
+    def _data_are_not_guided(self) -> Self:
+        if self.flow == "data" and self.guidance.scale != 1:
+            raise ValueError(f"flow=data and guidance {self.guidance}: data cannot be guided; set guidance {{s: 1}} or flow: teacher")
+        return self
+
+
+class ConsistencyConfig(_Flow):
+    """Discrete guided consistency distillation on the rectified-flow path (Luo et al. 2023, arXiv:2310.04378; the (t, r)
+    schedule of Geng et al. 2024, arXiv:2406.14548; phases of Wang et al. 2024, arXiv:2405.18407), or training, without a teacher."""
+
+    name: Literal["consistency"]
+    times: StudentTimes = UniformTimes(name="uniform")
     """Distribution of t."""
     phases: PositiveInt = 1
     """1: the student jumps from any t to the data, and is sampled by noising afresh. M > 1: [0, 1] is cut into M phases, it jumps
-    to the lower end e of its phase only, and is sampled without fresh noise in M steps: easier to learn, no fewer steps."""
+    to the lower end e of its phase only, and is sampled without fresh noise in M steps: easier to learn, no fewer steps. `student_steps`
+    is then M."""
     stages: PositiveInt = 4
     """The gap shrinks in this many stages of equal length: r = e + (t - e) (1 - 1 / q^stage)."""
     q: Annotated[float, Field(gt=1)] = 2.0
     """Factor by which the relative gap (t - r) / (t - e) shrinks from stage to stage."""
+    skip: Annotated[float, Field(gt=0, le=1)] | None = None
+    """A fixed gap instead: r = max(t - skip, e); Luo et al. skip 0.02."""
     solver: Literal["euler", "heun"] = "heun"
     """How the teacher steps from t to r."""
     solver_steps: PositiveInt = 1
     """Teacher steps between t and r."""
     huber: Annotated[float, Field(ge=0)] = 0.0
     """Constant of the pseudo-Huber loss for unit-variance data, relative to sqrt(dimension); 0 is squared error."""
-    student_steps: PositiveInt = 4
-    """Steps that the student's sampler takes by default; stored with the student. With phases: as many as there are."""
 
     @model_validator(mode="after")
     def _a_step_a_phase(self) -> Self:
@@ -40,9 +60,57 @@ class ConsistencyConfig(Section):
         return self
 
 
+class _Derived(_Flow):
+    derivative: Literal["difference", "forward"] = "difference"
+    """How the student is differentiated along the flow: by a central difference, with any attention kernel and sharding, in fp32; or in
+    forward mode, exact in bf16 too, with plain attention, ZeRO up to stage 2 and teachers on rectified flow."""
+    step: PositiveFloat = 1e-4
+    """Half of the difference in t. Time is embedded at up to 1000 radians a unit: 1e-3 is off by 10 % and more."""
+
+
+class MeanFlowConfig(_Derived):
+    """A student of two times: the mean velocity from any t to any r < t (Geng et al. 2025, arXiv:2505.13447). Sampled without fresh
+    noise in any number of steps."""
+
+    name: Literal["mean_flow"]
+    times: StudentTimes = UniformTimes(name="uniform")
+    """Distribution of the two times, of which t is the later."""
+    plain_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Fraction of samples with r = t, where the student learns the velocity itself; Geng et al. train from data with 0.75."""
+    power: Annotated[float, Field(ge=0)] = 0.0
+    """The error e^2 of a sample weighs (e^2 + constant)^-power, per dimension; Geng et al. train from data with 1."""
+    constant: PositiveFloat = 1e-2
+
+
+class ContinuousConsistencyConfig(_Derived):
+    """Consistency in continuous time: no gap and no target network (Lu & Song 2024, arXiv:2410.11081)."""
+
+    name: Literal["continuous_consistency"]
+    times: StudentTimes = LogitNormalTimes()
+    """Distribution of t; Lu & Song take a normal ln(t / (1 - t)) with mean -1 and std 1.4."""
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Part of the run over which the derivative of the student comes in; before, it learns the velocity of the flow."""
+    constant: PositiveFloat = 0.1
+    """c of the normalised tangent g / (rms(g) + c)."""
+
+
+class ProgressiveConfig(_Method):
+    """One step of the student for two of the teacher (Salimans & Ho 2022, arXiv:2202.00512). A run is one stage: the teacher of the next
+    is its student, with `guidance: {s: 1}`."""
+
+    name: Literal["progressive"]
+    teacher_steps: PositiveInt = 2
+    """Euler steps of the teacher that one of `student_steps` stands for; 1 only bakes the guidance in, which goes first
+    (Meng et al. 2022, arXiv:2210.03142)."""
+
+
+Method = ConsistencyConfig | MeanFlowConfig | ContinuousConsistencyConfig | ProgressiveConfig
+MethodConfig = Annotated[Method, Field(discriminator="name")]
+
+
 class TeacherConfig(Section):
     run: str
-    """Run directory of the teacher; its config, data and encoders are reused."""
+    """Run directory of the teacher, a training or a distillation; its config, data and encoders are reused."""
     step: PositiveInt | None = None
     """Which checkpoint; None for the newest valid one."""
     weights: Literal["ema", "model"] = "ema"

@@ -53,8 +53,8 @@ def _flow_step(denoiser: Denoiser, slope: Slope, cond: Conditioning) -> Callable
 
 
 def euler_slope(denoiser: Denoiser, x: Tensor, t: Tensor, t_next: Tensor, cond: Conditioning) -> Tensor:
-    """Mean velocity (L, P) between t and t_next (R,) by Euler's rule: that at t."""
-    return denoiser(x, t, cond)[:, : x.shape[1]].to(x.dtype)
+    """Mean velocity (L, P) between t and t_next (R,) by Euler's rule: that at t, or what a denoiser of jumps knows of it."""
+    return denoiser(x, t, cond.over(t - t_next))[:, : x.shape[1]].to(x.dtype)
 
 
 def heun_slope(denoiser: Denoiser, x: Tensor, t: Tensor, t_next: Tensor, cond: Conditioning) -> Tensor:
@@ -176,7 +176,7 @@ def consistency(
     """
 
     def step(number: int, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        latents, _ = ends_of(denoiser, path, x, t, cond)
+        latents, _ = ends_of(denoiser, path, x, t, cond.over(t.to(x)))
         return path.interpolate(latents, _fresh(keys, cond, x, "consistency noise", number), t_next.to(x), cond)
 
     return walk(noise, times, cond, step, on_step)

@@ -69,6 +69,11 @@ def shift_of(tokens: int, config: ShiftConfig | None) -> float:
             assert_never(config)
 
 
+def shifts(lengths: Sequence[int], config: ShiftConfig | None) -> Tensor:
+    """The shift k of samples of `lengths` tokens, (n,) float64."""
+    return torch.tensor([shift_of(length, config) for length in lengths], dtype=torch.float64)
+
+
 def uniforms(keys: Sequence[int], stratified: bool, purpose: str = "time") -> Tensor:
     """A number in [0, 1) for each key, (n,) float64. Stratified: one in each of n equal parts, in an order that depends on the keys."""
     u = torch.tensor([randomness.uniform(key, purpose) for key in keys], dtype=torch.float64)
@@ -87,8 +92,7 @@ def draw(
     stratified: bool = False,
 ) -> Tensor:
     """One level t for each sample, from its key and its number of tokens: (n,) float64 on the CPU."""
-    k = torch.tensor([shift_of(length, shift_config) for length in lengths], dtype=torch.float64)
-    return shift(from_uniform(config, uniforms(keys, stratified), path), k)
+    return shift(from_uniform(config, uniforms(keys, stratified), path), shifts(lengths, shift_config))
 
 
 def schedule(

@@ -3,29 +3,58 @@
 A new method is a file here, a class in `dit/config/distillation.py` and a `case` in `build_distillation`.
 """
 
-from torch import Tensor
+from typing import Literal, assert_never
 
-from dit.config.distillation import ConsistencyConfig
-from dit.config.objective import SamplingConfig, ShiftConfig
-from dit.diffusion import ClassifierFreeGuidance, Denoiser, Objective
-from dit.distillation.consistency import ConsistencyDistillation, student_sampling
+from dit.config.backbone import SpatioTemporalDiTConfig
+from dit.config.distillation import ConsistencyConfig, ContinuousConsistencyConfig, MeanFlowConfig, Method, ProgressiveConfig
+from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
+from dit.diffusion import Denoiser
+from dit.distillation.consistency import ConsistencyDistillation
+from dit.distillation.continuous_consistency import ContinuousConsistency
+from dit.distillation.flow import Distillation
+from dit.distillation.gap import teacher_gap
+from dit.distillation.mean_flow import MeanFlow
+from dit.distillation.progressive import Progressive
 
 
-def build_distillation(
-    config: ConsistencyConfig, teacher: Denoiser, null_text: Tensor, null_label: int | None, token_shift: ShiftConfig | None
-) -> Objective:
-    """The objective of a distillation. teacher: the raw network, guided here. null_text: (S0, D). token_shift: the teacher's."""
+def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConfig | None) -> Distillation:
+    """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training."""
     match config:
         case ConsistencyConfig():
-            guided = ClassifierFreeGuidance(teacher, null_text, config.guidance.scale, null_label)
-            return ConsistencyDistillation(config, guided, token_shift)
+            return ConsistencyDistillation(config, teacher, token_shift)
+        case MeanFlowConfig():
+            return MeanFlow(config, teacher, token_shift)
+        case ContinuousConsistencyConfig():
+            return ContinuousConsistency(config, teacher, token_shift)
+        case ProgressiveConfig():
+            return Progressive(config, teacher, token_shift)
+        case _:
+            assert_never(config)
 
 
-def build_student_sampling(config: ConsistencyConfig) -> SamplingConfig:
-    """How the student of a method is sampled; stored with it."""
-    match config:
-        case ConsistencyConfig():
-            return student_sampling(config)
+def build_student_sampling(config: Method) -> SamplingConfig:
+    """How the student of a method is sampled; stored with it. Its guidance is baked in.
+
+    A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps.
+    """
+    to_data = isinstance(config, ContinuousConsistencyConfig) or (isinstance(config, ConsistencyConfig) and config.phases == 1)
+    sampler: Literal["consistency", "euler"] = "consistency" if to_data else "euler"
+    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=1.0))
 
 
-__all__ = ["ConsistencyDistillation", "build_distillation", "build_student_sampling", "student_sampling"]
+def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
+    """The backbone of the student: that of its teacher, with the inputs that its method needs."""
+    return teacher.model_copy(update={"jumps": True}) if isinstance(config, MeanFlowConfig) else teacher
+
+
+__all__ = [
+    "ConsistencyDistillation",
+    "ContinuousConsistency",
+    "Distillation",
+    "MeanFlow",
+    "Progressive",
+    "build_distillation",
+    "build_student_sampling",
+    "student_backbone",
+    "teacher_gap",
+]

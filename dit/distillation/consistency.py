@@ -6,18 +6,20 @@ f(x, t) = x - (t - e) v(x, t) is its consistency function, e the lower end of th
 holds by itself, so no boundary scalings are needed.
 """
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.distillation import ConsistencyConfig
-from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
+from dit.config.objective import ShiftConfig
 from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import distance, noised
+from dit.diffusion.paths import on_tokens
 from dit.diffusion.samplers import euler_slope, heun_slope
+from dit.distillation.flow import Walk, flow_of, follow
 from dit.runtime.losses import Losses
 
 
@@ -26,6 +28,7 @@ class ConsistencyDistillation:
 
     teacher: frozen, and guided already; the guidance is baked into the student, so captions are never dropped here and the student
     is sampled without guidance. token_shift: that of the teacher's training, for the student is sampled at the same levels.
+    With `flow: data` the sample's own line takes the teacher's place: consistency training.
 
     Method: discrete consistency distillation (Song et al. 2023, arXiv:2303.01469, eq. 7; guided: Luo et al. 2023,
     arXiv:2310.04378; in phases: Wang et al. 2024, arXiv:2405.18407, 3.1) with the student itself, without gradient, as target
@@ -44,37 +47,40 @@ class ConsistencyDistillation:
         training. On a mixture of three Gaussians (1500 steps) the energy distance of 1-, 2- and 4-step students was 2.4, 2.6,
         1.7 e-3 so, against 3.0, 4.1, 3.9 e-3 with weight 1 / t and 5.3, 9.0, 10.7 e-3 with weight 1.
         """
-        levels, lower, way = self._levels(batch, relative_gap(self.config, progress))  # 3 x (n,)
-        x_t, _, t = noised(batch, levels)
-        target = self._target(student, x_t, t, lower.to(t), way.to(t), batch.cond)
-        error = (student(x_t, t, batch.cond).float() - target).square()  # (L, P)
+        levels = self._levels(batch, relative_gap(self.config, progress))
+        x_t, noise, t = noised(batch, levels[0])
+        flow = flow_of(self.config.flow, self.teacher, batch, noise)
+        target = self._target(student, flow, x_t, levels, batch.cond)
+        error = (euler_slope(student, x_t, t, levels[2].to(t), batch.cond).float() - target).square()  # (L, P)
         return Losses(distance(batch.cond.per_sample(error), self.config.huber) * batch.weights, t)
 
     def _levels(self, batch: PackedLatents, gap: float) -> tuple[Tensor, Tensor, Tensor]:
-        """t, r and (t - r) / (t - e) of each sample, (n,) float64: t = shift(u), r = shift(u_e + (u - u_e) (1 - gap)), for u as drawn.
+        """t, r and e of each sample, (n,) float64: t = shift(u), r = shift(u_e + (u - u_e) (1 - gap)), for u as drawn.
 
         Phases and gap are even in u, the time before the shift: that is the scale on which the levels of a sampler are evenly spaced,
         so the student learns small jumps where its content is decided. With one phase and without a shift r = t (1 - gap).
         """
-        k = torch.tensor([times.shift_of(length, self.token_shift) for length in batch.cond.lengths], dtype=torch.float64)
+        k = times.shifts(batch.cond.lengths, self.token_shift)
         u = times.draw(self.config.times, None, batch.keys, batch.cond.lengths)  # (n,)
-        end = ((u * self.config.phases).ceil() - 1).clamp(min=0) / self.config.phases
-        t, r, e = (times.shift(level, k) for level in (u, end + (u - end) * (1 - gap), end))
-        return t, r, (t - r) / (t - e)
+        end, skip = self._end(u), self.config.skip
+        lower = end + (u - end) * (1 - gap) if skip is None else torch.maximum(u - skip, end)
+        return times.shift(u, k), times.shift(lower, k), times.shift(end, k)
+
+    def _end(self, u: Tensor) -> Tensor:
+        """The lower end of the phase of each time u before the shift; an end belongs to the phase below it."""
+        return ((u * self.config.phases - 1e-9).ceil() - 1).clamp(min=0) / self.config.phases
+
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
+        k = times.shifts(lengths, self.token_shift)
+        return Walk.fine(t, times.shift(self._end(times.shift(t, 1 / k)), k))
 
     @torch.no_grad()
-    def _target(self, student: Denoiser, x_t: Tensor, t: Tensor, r: Tensor, way: Tensor, cond: Conditioning) -> Tensor:
+    def _target(self, student: Denoiser, flow: Denoiser, x_t: Tensor, levels: tuple[Tensor, Tensor, Tensor], cond: Conditioning) -> Tensor:
         """The velocity (x_t - f(x_r, r)) / (t - e), (L, P), that makes f(x_t, t) = f(x_r, r).
 
-        Written as g * (teacher's mean velocity from t to r) + (1 - g) * v(x_r, r) with `way` g = (t - r) / (t - e), which it equals:
+        Written as g * (the flow's mean velocity from t to r) + (1 - g) * v(x_r, r) with g = (t - r) / (t - e), which it equals:
         nothing cancels where t - e is small.
         """
-        x_r, mean_velocity = self._follow_teacher(x_t, t, r, cond)
-        gap = cond.per_token(way)[:, None]  # (L, 1)
-        return gap * mean_velocity + (1 - gap) * student(x_r, r, cond).float()
-
-    def _follow_teacher(self, x: Tensor, t: Tensor, r: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """Move x (L, P) along the teacher's flow from t to r (n,): x_r (L, P) and the mean velocity (L, P) on the way."""
         match self.config.solver:
             case "euler":
                 slope = euler_slope
@@ -82,14 +88,10 @@ class ConsistencyDistillation:
                 slope = heun_slope
             case _:
                 assert_never(self.config.solver)
-        steps = self.config.solver_steps
-        total = torch.zeros_like(x)
-        for step in range(steps):
-            t_from, t_to = torch.lerp(t, r, step / steps), torch.lerp(t, r, (step + 1) / steps)
-            velocity = slope(self.teacher, x, t_from, t_to, cond)
-            x = x + cond.per_token(t_to - t_from)[:, None] * velocity
-            total = total + velocity
-        return x, total / steps
+        (t, r, e), steps = levels, self.config.solver_steps
+        x_r, mean_velocity = follow(flow, x_t, torch.stack([torch.lerp(t, r, i / steps) for i in range(steps + 1)]), cond, slope)
+        gap = on_tokens((t - r) / (t - e), cond, x_t)
+        return gap * mean_velocity + (1 - gap) * euler_slope(student, x_r, r.to(x_t), e.to(x_t), cond).float()
 
 
 def relative_gap(config: ConsistencyConfig, progress: float) -> float:
@@ -99,12 +101,3 @@ def relative_gap(config: ConsistencyConfig, progress: float) -> float:
     """
     stage = min(int(progress * config.stages), config.stages - 1) + 1
     return float(config.q**-stage)
-
-
-def student_sampling(config: ConsistencyConfig) -> SamplingConfig:
-    """How the student is to be sampled: predict, noise afresh, repeat; with phases by a jump through each, which is an Euler step.
-
-    Its guidance is baked in.
-    """
-    sampler: Literal["consistency", "euler"] = "consistency" if config.phases == 1 else "euler"
-    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=1.0))

@@ -203,7 +203,7 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
 
 
 def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, outcome: Outcome, losses: HeldOut | None) -> None:
-    measured = {"loss": totals.loss, "grad_norm": outcome.grad_norm, "lr": engine.lr}
+    measured = {"loss": totals.loss, "grad_norm": outcome.grad_norm, "lr": engine.lr, **totals.figures}
     figures = {name: value if math.isfinite(value) else None for name, value in measured.items()}  # JSON has no NaN
     line: dict[str, Any] = {
         "step": engine.step,

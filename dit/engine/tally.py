@@ -1,6 +1,7 @@
 """What all ranks must know about a step before it is taken, in one small all-reduce."""
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class Totals:
     ids_hash: str
     flops: float
     bins: dict[str, float]
+    figures: dict[str, float]
 
 
 class Tally:
@@ -35,6 +37,7 @@ class Tally:
         self._ids: list[str] = []
         self._losses: list[Tensor] = []
         self._times: list[Tensor] = []
+        self._figures: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.flops = 0.0
 
     def add(self, ids: Sequence[str], losses: Losses, flops: float) -> None:
@@ -43,6 +46,8 @@ class Tally:
         self._ids += ids
         self._losses.append(losses.per_sample.detach())
         self._times.append(losses.t.detach())
+        for name, figure in losses.figures.items():
+            self._figures[name].append(figure.detach())
         self.flops += flops
 
     def reduce(self, samples: int, bad: Sequence[tuple[str, str]], stop: bool) -> Totals:
@@ -55,12 +60,16 @@ class Tally:
         counts = losses.new_zeros(BINS).index_add_(0, fifth, real)  # (BINS,)
         hashes = [key("sample", sample) for sample in self._ids]
         low, high = sum(h & 0xFFFFFF for h in hashes), sum(h >> 39 for h in hashes)  # exact in float64 for 2^29 samples
+        figures = [torch.cat(parts).double() for parts in self._figures.values()]  # (n,) each
+        diagnosed = [torch.stack([figure.nansum(), figure.isfinite().sum()]) for figure in figures]  # (2,) each
         facts = losses.new_tensor([len(bad), stop, low, high, self.flops])  # (5,)
-        summed = distributed.all_reduce_sum(torch.cat([losses.sum()[None], facts, sums, counts])).tolist()
-        bins = zip(summed[6 : 6 + BINS], summed[6 + BINS :], strict=True)
+        summed = distributed.all_reduce_sum(torch.cat([losses.sum()[None], facts, sums, counts, *diagnosed])).tolist()
+        bins = zip(summed[6 : 6 + BINS], summed[6 + BINS : 6 + 2 * BINS], strict=True)
         named = {f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}": loss / n for i, (loss, n) in enumerate(bins) if n}
         ids_hash = f"{int(summed[4]) & 0xFFFFFF:06x}{int(summed[3]) & 0xFFFFFF:06x}"
-        return Totals(summed[0] / samples, int(summed[1]), summed[2] > 0, ids_hash, summed[5], named)
+        means = zip(self._figures, summed[6 + 2 * BINS :: 2], summed[7 + 2 * BINS :: 2], strict=True)
+        figure_means = {name: total / n for name, total, n in means if n}
+        return Totals(summed[0] / samples, int(summed[1]), summed[2] > 0, ids_hash, summed[5], named, figure_means)
 
     def samples(self) -> list[dict[str, Any]]:
         """Id, time and loss of each sample of this rank; a loss that JSON has no number for as text."""

@@ -3,7 +3,7 @@
 Letters: n samples, L tokens, P channels of a token, R conditioning rows, S text tokens, D width, K channels a head.
 """
 
-from typing import assert_never
+from typing import assert_never, cast
 
 import torch
 import torch.nn as nn
@@ -32,6 +32,7 @@ class SpatioTemporalDiT(nn.Module):
         self.patch_embedder = nn.Linear(token_size, width)
         self.text_embedder = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
         self.time_embedder = TimestepEmbedder(config.frequency_size, width)
+        self.jump_embedder = TimestepEmbedder(config.frequency_size, width) if config.jumps else None
         self.label_embedder = None if config.num_classes is None else LabelEmbedder(config.num_classes, width)
         self.time_projection = WideLinear(width, 6 * width) if config.modulation == "shared" else None
         self.blocks = nn.ModuleList(
@@ -63,6 +64,8 @@ class SpatioTemporalDiT(nn.Module):
     def embed_time(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
         """What blocks and final layer take as time, and the row of each token (None if samples of one length have one row each)."""
         rows, embedded = cond.rows, self.time_embedder(t)  # (R,) -> (R, D)
+        if self.jump_embedder is not None:
+            embedded = embedded + self.jump_embedder(torch.zeros_like(t) if cond.jump is None else cond.jump)
         if rows is None:
             assert len(t) == len(cond.grids), f"{len(t)} times for {len(cond.grids)} samples"
             rows = cond.sample_of_token if len(set(cond.lengths)) > 1 else None
@@ -101,6 +104,8 @@ class SpatioTemporalDiT(nn.Module):
         embedders = [self.time_embedder.mlp, self.text_embedder]
         for layer in (layer for mlp in embedders for layer in mlp if isinstance(layer, nn.Linear)):
             nn.init.normal_(layer.weight, std=0.02)  # as in DiT
+        if self.jump_embedder is not None:  # starts as the network without it
+            nn.init.zeros_(cast(nn.Linear, self.jump_embedder.mlp[2]).weight)
         if self.label_embedder is not None:
             nn.init.normal_(self.label_embedder.table.weight, std=0.02)
         if self.time_projection is not None:  # no block depends on time before it has learned to

@@ -1,6 +1,7 @@
 """What an objective hands to the engine."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -10,7 +11,9 @@ class Losses:
     """Loss of each sample of a pack, before it is averaged over the global step.
 
     per_sample: (n,) float32, with gradient, zero for a hole. t: (n,) float32, the time that each sample was trained at.
+    figures: (n,) diagnostics by name, the same names in every pack; NaN where a sample has none.
     """
 
     per_sample: Tensor
     t: Tensor
+    figures: Mapping[str, Tensor] = field(default_factory=dict)

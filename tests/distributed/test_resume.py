@@ -79,9 +79,10 @@ def test_training_under_torchrun(tmp_path: Path, latents: Path) -> None:
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int) -> None:
-    whole, cut = (distill_config(tmp_path / f"{name}.yaml", teacher, **LENGTH) for name in ("whole", "cut"))
+@pytest.mark.parametrize(("ranks", "method"), [(1, "mean_flow"), (2, "consistency")])
+def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int, method: str) -> None:
+    options = {**LENGTH, "method": {"name": method, "guidance": {"s": 2.0}}}
+    whole, cut = (distill_config(tmp_path / f"{name}.yaml", teacher, **options) for name in ("whole", "cut"))
     forks.run("distill", str(whole), ranks=ranks).ok()
     killed_and_resumed(forks, "distill", cut, ranks)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")

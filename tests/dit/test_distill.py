@@ -1,10 +1,22 @@
 """What `dit distill` decides before it runs."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
-from dit.config import DistillRun
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipelines.packed import Conditioning
+from dit.config import DistillRun, TrainRun
+from dit.config.distillation import ConsistencyConfig
 from dit.config.load import save_resolved
+from dit.diffusion import RECTIFIED_FLOW
+from dit.diffusion.ground_truth import pack_of_points
 from dit.distill import with_fixed_teacher
+from dit.distillation import build_distillation, build_student_sampling
+from dit.drawing import guide
+from dit.runs import Encoders
 
 
 def request(folder: Path, step: int | None) -> DistillRun:
@@ -29,3 +41,44 @@ def test_a_student_keeps_the_teacher_that_it_began_with(tmp_path: Path) -> None:
     (teacher / "step-00000010").mkdir()
     assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
     assert with_fixed_teacher(request(tmp_path, 10)).teacher.step == 10
+
+
+def test_a_difference_of_bf16_answers_is_refused() -> None:
+    values = request(Path("runs"), None).model_dump() | {"engine": {"precision": "bf16"}}
+    for derivative, fits in (("forward", True), ("difference", False)):
+        values["method"] = {"name": "mean_flow", "guidance": {"s": 2}, "derivative": derivative}
+        with nullcontext() if fits else pytest.raises(ValueError, match=r"method\.derivative: forward"):
+            DistillRun.model_validate(values)
+
+
+BASE = TrainRun.model_validate(
+    {
+        "out": "runs/teacher",
+        "data": {"sources": [{"path": "shards"}], "sizes": [[1, 8, 8]], "token_budget": 64, "packs_per_step": 1},
+        "backbone": {"hidden_size": 24, "depth": 1, "num_heads": 2, "ffn_size": 24},
+        "optimizer": {"lr": 1e-3},
+        "train": {"samples": 8},
+    }
+)
+
+
+def text_teacher(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """A constant velocity: the mean of the text."""
+    text = torch.stack([part.mean() for part in cond.text.split(cond.text_lengths)])
+    return cond.per_token(text)[:, None].expand_as(x_t)
+
+
+def test_guidance_is_baked_in_and_captions_are_never_dropped() -> None:
+    guidance = {"w": 2.0, "interval": [0.0, 0.5]}
+    config = ConsistencyConfig.model_validate({"name": "consistency", "guidance": guidance, "stages": 1, "solver": "euler"})
+    encoders = Encoders(None, None, torch.full((1, 4), 0.5))  # type: ignore[arg-type]
+    guided = guide(text_teacher, encoders, BASE, config.guidance, RECTIFIED_FLOW)
+    objective = build_distillation(config, guided, None)
+    batch = pack_of_points(torch.zeros(300, 2), 0)  # their text is zero: guided velocity 0.5 + 3 (0 - 0.5) = -1 up to t = 0.5, 0 above
+
+    losses = objective(lambda x_t, t, cond: torch.full_like(x_t, -1.0), batch, 0.0)
+    inside = losses.t <= 0.5
+    assert 100 < int(inside.sum()) < 200
+    assert float(losses.per_sample[inside].abs().max()) < 1e-10
+    torch.testing.assert_close(losses.per_sample[~inside], torch.full((int((~inside).sum()),), 0.25))  # half of the gap of 1, squared
+    assert build_student_sampling(config).guidance.scale == 1.0

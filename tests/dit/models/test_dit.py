@@ -1,5 +1,7 @@
 """The backbone: identities at initialisation, packing, conditioning rows, gradients, options."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,3 +217,28 @@ def _cos(angle):
 
 def _sin(angle):
     return torch.tensor(angle, dtype=torch.float64).sin()
+
+
+def test_a_network_of_jumps_starts_as_the_one_without_and_then_sees_them():
+    x, t, cond = pack(MIXED)
+    trained, with_jumps = backbone(), backbone(perturb=0.0, jumps=True)
+    added = with_jumps.state_dict().keys() - trained.state_dict().keys()
+    assert added == {f"jump_embedder.mlp.{layer}.{part}" for layer in (0, 2) for part in ("weight", "bias")}
+    with_jumps.load_state_dict({**with_jumps.state_dict(), **trained.state_dict()})
+    close(with_jumps(x, t, cond.over(t / 2)), trained(x, t, cond), atol=0)
+    learned = backbone(jumps=True)
+    close(learned(x, t, cond.over(torch.zeros_like(t))), learned(x, t, cond), atol=0)
+    moved = learned(x, t, cond.over(torch.tensor([0.0, 0.3, 0.0], dtype=t.dtype))) - learned(x, t, cond)
+    assert [bool((part.abs() > 1e-6).any()) for part in moved.split(cond.lengths)] == [False, True, False]
+
+
+def test_both_conditions_of_a_pack_keep_their_jumps():
+    x, t, cond = pack(MIXED, labels=True)
+    jump = torch.tensor([0.1, 0.2, 0.3], dtype=t.dtype)
+    model = backbone(jumps=True, num_classes=4)
+    asked = cond.over(jump)
+    both = model(torch.cat([x, x]), torch.cat([t, t]), asked.with_text([torch.zeros(1, TEXT).double()] * 3, cond.labels).beside(asked))
+    close(both[len(x) :], model(x, t, asked))
+    rows = cond.sample_of_token.flip(0)
+    turned = Conditioning(cond.grids, cond.text, cond.text_lengths, rows, cond.labels, jump)
+    assert bool(((model(x, t, turned) - model(x, t, replace(turned, jump=None))).abs() > 1e-6).any())

@@ -15,7 +15,14 @@ TEXTS = (3, 2, 3)
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"modulation": "per_block"}, {"attention": "factorised"}, {"attention": "windowed", "window": (2, 2, 3)}, {"num_classes": 4}],
+    [
+        {},
+        {"modulation": "per_block"},
+        {"attention": "factorised"},
+        {"attention": "windowed", "window": (2, 2, 3)},
+        {"num_classes": 4},
+        {"jumps": True},
+    ],
 )
 def test_cost_is_what_torch_counts(options):
     config = SpatioTemporalDiTConfig(hidden_size=24, depth=3, num_heads=2, ffn_size=40, patch_size=(1, 2, 1), frequency_size=16, **options)

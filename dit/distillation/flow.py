@@ -1,0 +1,82 @@
+"""What methods share: the flow that a student learns to jump along, steps on it, and the student's derivative by it."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Literal, NamedTuple, Protocol, assert_never
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data_pipelines.packed import Conditioning, PackedLatents
+from dit.diffusion.denoiser import Denoiser
+from dit.diffusion.paths import on_tokens
+from dit.diffusion.samplers import Slope, heun
+from dit.runtime.losses import Losses
+
+
+class Distillation(Protocol):
+    """An objective with a teacher that is guided already: guidance is baked in, so captions are never dropped."""
+
+    teacher: Denoiser
+
+    def __call__(self, student: Denoiser, batch: PackedLatents, progress: float, /) -> Losses: ...
+
+    def walk(self, t: Tensor, lengths: tuple[int, ...], /) -> "Walk":
+        """What the teacher does where a trained student jumps once, from t (n,) or the next level above that it knows."""
+        ...
+
+
+class Walk(NamedTuple):
+    """Levels (steps + 1, n), float64 and falling, and the sampler that visits them."""
+
+    levels: Tensor
+    sampler: Callable[[Denoiser, Tensor, Tensor, Conditioning], Tensor]
+
+    @classmethod
+    def fine(cls, start: Tensor, end: Tensor, steps: int = 12) -> "Walk":
+        """Heun steps, ever shorter towards the end, for the last onto t = 0 is Euler's. start, end: (n,)."""
+        return cls(torch.stack([torch.lerp(end, start, (1 - i / steps) ** 2) for i in range(steps + 1)]), heun)
+
+
+def flow_of(flow: Literal["teacher", "data"], teacher: Denoiser, batch: PackedLatents, noise: Tensor) -> Denoiser:
+    """The velocity that moves x_t: the teacher's, or that of the line between a sample's own latents and noise (L, P)."""
+    return teacher if flow == "teacher" else lambda x_t, t, cond: noise - batch.tokens
+
+
+@torch.no_grad()
+def follow(flow: Denoiser, x: Tensor, levels: Tensor, cond: Conditioning, slope: Slope) -> tuple[Tensor, Tensor]:
+    """Move x (L, P) along `flow` through `levels` (steps + 1, n) float64: where it ends, (L, P), and its mean velocity, (L, P)."""
+    levels = levels.to(x.device)
+    mean, whole = torch.zeros_like(x), levels[-1] - levels[0]
+    for t, t_next in pairwise(levels):
+        velocity = slope(flow, x, t.to(x), t_next.to(x), cond)
+        x = x + on_tokens(t_next - t, cond, x) * velocity
+        mean = mean + on_tokens((t_next - t) / whole, cond, x) * velocity
+    return x, mean
+
+
+@torch.no_grad()
+def derivative(
+    student: Denoiser, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, how: Literal["difference", "forward"], step: float
+) -> Tensor:
+    """d/dt of the student's answer along the flow, the level that it jumps to staying where it is: (L, P), in the dtype of `velocity`.
+
+    A central difference over t +- step, one-sided at the ends of [0, 1]: two calls; or forward mode: one call on dual numbers.
+    """
+
+    def moved(level: Tensor, x: Tensor) -> Tensor:
+        return student(x, level, cond if cond.jump is None else cond.over(cond.jump + level - t))
+
+    match how:
+        case "forward":
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                level = forward_ad.make_dual(t, torch.ones_like(t))
+                return forward_ad.unpack_dual(moved(level, forward_ad.make_dual(x, velocity.to(x)))).tangent.to(velocity)
+        case "difference":
+            upper, lower = (t + step).clamp(max=1), (t - step).clamp(min=0)
+            after, before = (moved(level, x + on_tokens(level - t, cond, x) * velocity.to(x)) for level in (upper, lower))
+            return (after - before).to(velocity) / on_tokens(upper - lower, cond, velocity)
+        case _:
+            assert_never(how)

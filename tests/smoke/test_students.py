@@ -1,0 +1,50 @@
+"""Each kind of student by the commands that a user types: distilled, validated, handed on to the next stage, sampled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dit.engine.checkpoint import load_weights
+from tests.processes import Forks, distill_config, metrics
+
+GUIDANCE = {"s": 2.0, "interval": [0.1, 0.9]}
+
+
+def test_a_mean_flow_student_is_validated_and_hands_on_to_a_progressive_one(
+    forks: Forks, teacher: Path, latents: Path, tmp_path: Path
+) -> None:
+    validation = {"source": str(latents), "samples": 4, "times": [0.3, 0.7], "every_steps": 3}
+    method: dict[str, Any] = {"name": "mean_flow", "guidance": GUIDANCE, "student_steps": 3}
+    forks.run("distill", str(distill_config(tmp_path / "first.yaml", teacher, method=method, validation=validation))).ok()
+    lines = metrics(tmp_path / "first")
+    assert np.isfinite([line["jump_error"] for line in lines]).all()
+    assert np.isfinite([line["velocity_error"] for line in lines if "velocity_error" in line]).any()
+    gaps = [line["held_out"]["cells"] for line in lines if "held_out" in line]
+    assert [list(cells) for cells in gaps] == [["all", "t=0.3", "t=0.7"]] * 2
+    assert all(cells["t=0.7"]["loss"] > 0 for cells in gaps)
+    student, taught = load_weights(tmp_path / "first", None, "model"), load_weights(teacher, None, "ema")
+    assert {name.split(".")[0] for name in student.keys() - taught.keys()} == {"jump_embedder"}
+    assert float(student["jump_embedder.mlp.2.weight"].abs().sum()) > 0
+
+    method = {"name": "progressive", "guidance": {"s": 1.0}, "student_steps": 2}
+    forks.run("distill", str(distill_config(tmp_path / "second.yaml", tmp_path / "first", method=method))).ok()
+    assert load_weights(tmp_path / "second", None, "model").keys() == student.keys()
+    contestants = [{"run": str(tmp_path / "first")}, {"run": str(tmp_path / "second")}, {"run": str(tmp_path / "first"), "steps": 1}]
+    values = {"contestants": contestants, "prompts": ["a large red disc"], "size": [9, 32, 32], "out": str(tmp_path / "drawn")}
+    (tmp_path / "sample.yaml").write_text(json.dumps(values))
+    said = forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
+    for run, steps in (("first", 3), ("second", 2), ("first", 1)):
+        assert f"{tmp_path / run}: euler sampler, {steps} steps, guidance s=1 (w=0)" in said
+    assert np.asarray(Image.open(tmp_path / "drawn" / "contact_sheet.png").convert("RGB")).std() > 2
+
+
+def test_continuous_consistency_in_forward_mode_says_its_tangent(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    method = {"name": "continuous_consistency", "guidance": GUIDANCE, "derivative": "forward"}
+    forks.run("distill", str(distill_config(tmp_path / "student.yaml", teacher, method=method))).ok()
+    assert all(line["tangent_norm"] > 0 for line in metrics(tmp_path / "student"))
+    student, taught = load_weights(tmp_path / "student", None, "model"), load_weights(teacher, None, "ema")
+    assert any(not torch.equal(student[name], value) for name, value in taught.items())
