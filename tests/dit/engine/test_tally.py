@@ -17,7 +17,7 @@ def test_a_figure_is_the_mean_over_the_samples_that_have_it() -> None:
     nan, tally = float("nan"), Tally()
     tally.add(["a", "b"], losses([1.0, 2.0], gap=[4.0, nan], norm=[nan, nan]), 0.0)
     tally.add(["c", "d"], losses([3.0, 6.0], gap=[nan, 7.0], norm=[nan, nan]), 0.0)
-    totals = tally.reduce(1, 4, [], False)
+    totals = tally.reduce(4, [], False)
     assert totals.figures == {"gap": 5.5}
     assert totals.loss == 3.0
     assert totals.bins == pytest.approx({"0.0-0.2": 2.0, "0.8-1.0": 4.0})
