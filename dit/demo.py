@@ -29,6 +29,8 @@ PROMPTS = (
     "a large cyan square moving up slowly near the centre",
     "a small green cross moving right quickly near the middle",
 )
+SHOWN = (*(f"adherence/{name}" for name in ("mean", "shape", "colour", "direction", "speed", "all")), "s/clip")
+"""Rows of the evaluation's table that end the demo."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
 
 
 def _results(out: Path, seconds: float) -> None:
-    print(f"\n{(out / 'evaluation' / 'table.md').read_text()}\nfinished in {duration(seconds)}; look at")
+    head, rule, *rows = (out / "evaluation" / "table.md").read_text().splitlines()
+    short = [row for row in rows if row.split("|")[1].strip() in SHOWN]
+    print("\n".join(["", head, rule, *short, "", f"finished in {duration(seconds)}; look at"]))
     for path, what in (
         ("samples/contact_sheet.png", "teacher and student beside each other, same prompts, same noise"),
         ("samples/grid.gif", "the same, moving (also grid.mp4): teacher above, student below"),
