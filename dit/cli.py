@@ -83,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
     options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
     verb = VERBS[options.verb]
     config = importlib.import_module("dit.config")
-    run = importlib.import_module("dit.config.load").load_run(getattr(config, verb.root), options.config, options.overrides)
+    run = importlib.import_module("data_pipelines.config_file").load_run(getattr(config, verb.root), options.config, options.overrides)
     if options.check:
         print(f"{options.config}: valid {verb.root}")
         return 0

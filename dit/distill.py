@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun
-from dit.config.load import load_run
 from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
 from dit.distillation import build_distillation, build_student_sampling, student_backbone, teacher_gap
 from dit.drawing import Preview, guide

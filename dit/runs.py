@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.config import Section
+from data_pipelines.config_file import load_run, save_resolved
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Grid
 from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.encoders import EncodersConfig
-from dit.config.load import load_run, save_resolved
 from dit.config.objective import SamplingConfig
 from dit.diffusion import RECTIFIED_FLOW, equip
 from dit.diffusion import Path as FlowPath

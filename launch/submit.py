@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
 from dit.config import DistillRun, EncodeRun, TrainRun
-from dit.config.load import load_run
 from launch import attempts, slurm
 from launch.slurm import Site
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipelines.config_file import save_resolved
 from data_pipelines.packed import Conditioning
 from dit.config import DistillRun, TrainRun
 from dit.config.distillation import ConsistencyConfig
-from dit.config.load import save_resolved
 from dit.diffusion import RECTIFIED_FLOW
 from dit.diffusion.ground_truth import pack_of_points
 from dit.distill import with_fixed_teacher

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
+from data_pipelines.config_file import ConfigError, load_run
 from data_pipelines.errors import UserError
 from data_pipelines.rendered import ShapesSet, render
 from dit.config import EvaluateRun
 from dit.config.evaluation import FrechetConfig, KernelConfig, NetworkFeatures, PrecisionRecallConfig, RandomConvFeatures
-from dit.config.load import ConfigError, load_run
 from dit.evaluate import main
 from dit.evaluation.metrics import Batch, build_metrics
 from dit.evaluation.results import compare, read

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_pipelines.config_file import load_run
 from dit.config import TrainRun
-from dit.config.load import load_run
 from launch.attempts import FINAL
 from launch.submit import main
 

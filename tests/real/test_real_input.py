@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data_pipelines.config_file import load_run
 from data_pipelines.loader import StepPacks
 from dit.config import TrainRun
-from dit.config.load import load_run
 from dit.models import build_backbone
 from dit.runs import Encoders, TrainedRun
 from dit.runtime import distributed

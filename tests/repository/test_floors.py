@@ -29,7 +29,7 @@ def copy(tmp_path: Path) -> Path:
     [
         ("dit/engine/loop.py", "import dit.diffusion"),
         ("data_pipelines/plan.py", "import dit.config"),
-        ("dit/config/load.py", "import torch"),
+        ("data_pipelines/config_file.py", "import torch"),
         ("dit/distillation/consistency.py", "import dit.models"),
         ("dit/models/dit.py", "import deepspeed"),
     ],

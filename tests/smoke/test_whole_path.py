@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import dit.config
 from data_pipelines.__main__ import _parser as data_parser
+from data_pipelines.config_file import load_run
 from data_pipelines.index import index_path, read_index
 from dit.cli import VERBS
 from dit.config import DistillRun, TrainRun
-from dit.config.load import load_run
 from dit.demo import stages
 from dit.engine.checkpoint import load_weights
 from tests.processes import Forks, distill_config, metrics, python_m, train_config, wait_for

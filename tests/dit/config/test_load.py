@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.config_file import ConfigError, load_run, save_resolved
 from data_pipelines.curation.config import IngestConfig
 from dit.config import DistillRun, EncodeRun, EvaluateRun, SampleRun, TrainRun
-from dit.config.load import ConfigError, load_run, save_resolved
 
 ROOT = Path(__file__).resolve().parents[3]
 GOOD = """

@@ -19,6 +19,7 @@ from dit.diffusion import (
     levels,
     vary,
 )
+from dit.diffusion.editing import _noise_again
 from dit.diffusion.ground_truth import ProductMixture, TokenMixture
 
 PAIRS, VALUE = 2000, 0.9
@@ -188,3 +189,18 @@ def test_the_weaker_sdedit_is_the_nearer_its_result_is_to_what_was_given() -> No
         assert moved[0] < 0.01  # 46 dB of data of unit variance
         assert moved[-1] == pytest.approx(2**0.5, abs=0.15)  # nothing is left of it: two independent draws
         assert truth.distance(vary(truth, given, cond, [0], times, sampling, path, 0.5)) < 0.15
+
+
+@pytest.mark.parametrize("config", [RectifiedFlowPath(), TrigFlowPath(name="trigflow"), VPPath(name="vp")])
+def test_noise_taken_up_again_has_the_spread_of_its_level(config: PathConfig) -> None:
+    path, cond = build_path(config), pack_conditioning([(20_000, 1, 1)], [torch.zeros(1, 4)])
+    t, s = torch.tensor([0.6], dtype=torch.float64), torch.tensor([0.7], dtype=torch.float64)
+    latents = torch.full((20_000, 1), 2.0, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    x_t = path.interpolate(latents, torch.randn(latents.shape, generator=rng, dtype=torch.float64), t, cond)
+    x_s, c = _noise_again(x_t, t, s, cond, path, [3]), path.at(s)
+    assert float(x_s.mean()) == pytest.approx(2.0 * float(c.a), abs=0.03)  # 4 standard errors
+    assert float(x_s.std()) == pytest.approx(float(c.b), rel=0.02)
+    again = torch.corrcoef(torch.stack([x_t[:, 0], x_s[:, 0]]))[0, 1]  # what is left of the noise that was there
+    kept = c.a / path.at(t).a
+    assert float(again) == pytest.approx(float(kept * path.at(t).b / c.b), abs=0.03)
