@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dit.diffusion import held_out_loss as held_out_losses
 from dit.runs import Encoders, TrainedRun
 from dit.stream import Stream
 from tests.processes import ENVIRONMENT, REPOSITORY
@@ -53,7 +54,7 @@ def held_out_loss(out: Path) -> float:
     assert run.validation
     encoders = Encoders.load(run.encoders, torch.device("cpu"))
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
-    measure = stream.held_out(run.validation.model_copy(update={"times": TIMES}))
+    measure = stream.held_out(run.validation.model_copy(update={"times": TIMES}), held_out_losses)
     return float(measure(trained.backbone(encoders, None, "ema", torch.device("cpu"))).losses.mean())
 
 
