@@ -12,7 +12,7 @@ import sys
 import traceback
 from typing import Any
 
-MODULES = ("train", "distill", "encode", "sample", "evaluate", "config.load", "engine.metrics", "demo", "ckpt", "replay")
+MODULES = ("train", "distill", "encode", "sample", "evaluate", "engine.metrics", "demo", "ckpt", "replay")
 SLOW_IMPORTS = (
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
