@@ -227,7 +227,9 @@ def test_the_same_command_again_does_nothing(forks: Forks, path: Path, verb: str
 
 def test_sampling_again_draws_the_same(forks: Forks, path: Path, tmp_path: Path) -> None:
     forks.run("sample", str(path / "sample.yaml"), f"out={tmp_path}").ok()
-    assert contents(tmp_path) == contents(path / "drawn")
+    first, second = contents(path / "drawn"), contents(tmp_path)
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
     forks.run("sample", str(path / "sample.yaml"), f"out={tmp_path}", "seed=1").ok()
     assert contents(tmp_path)["contact_sheet.png"] != contents(path / "drawn")["contact_sheet.png"]
 
