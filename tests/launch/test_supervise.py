@@ -15,7 +15,7 @@ import pytest
 from tests.processes import ENVIRONMENT, wait_for
 
 COUNTING = str(Path(__file__).parent / "counting.py")
-QUICK = ("--frozen", "2", "--stalled", "2")
+QUICK = ("--frozen", "4", "--stalled", "3")
 
 
 def supervise(
@@ -40,7 +40,7 @@ def attempts(run: Path) -> list[dict[str, Any]]:
     [
         ("freeze", r"rank 1 \(process \d+ on .+, step, \d steps done\) is frozen: no sign of life for \d.\d s\n"),
         ("hold", r"rank 1 \(process \d+ on .+, step, \d steps done\) is frozen: no sign of life for \d.\d s\n"),
-        ("wait", r"no rank has moved for 2 s though all are alive; .*rank 1"),
+        ("wait", r"no rank has moved for 3 s though all are alive; .*rank 1"),
         ("die", "exit code 137"),
     ],
 )
