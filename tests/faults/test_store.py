@@ -23,7 +23,7 @@ ACCESS = {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_EC2_ME
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    with S3Server(tmp_path_factory.mktemp("s3") / "buckets") as server:
+    with S3Server(tmp_path_factory.mktemp("s3") / "buckets", remembers="1h") as server:  # one that forgets all the time may lock up
         (server.folder / "bucket").mkdir(parents=True)
         yield server
 
@@ -51,6 +51,13 @@ def write(path: Path, latents: Path) -> Path:
     return train_config(path, latents, train__samples=16 * STEPS, train__save_every_steps=2, train__checkpoint_store=store)
 
 
+def restart(server: S3Server) -> None:
+    """Have it see what was changed behind its back."""
+    server.process.kill()
+    server.process.wait()
+    server.start()
+
+
 def checkpoints(server: S3Server, config: Path) -> Path:
     return server.folder / "bucket" / config.parent.name / "checkpoints"
 
@@ -71,6 +78,7 @@ def test_another_machine_goes_on_and_takes_nothing_that_is_damaged(
     share = durable.step_folder(there, 5) / "rank-00001-of-00002.safetensors"
     intact = share.read_bytes()
     share.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+    restart(server)
     shutil.rmtree(run)
     older = durable.published(there)[1]
     done = stored.run("train", str(config), "train.samples=80", ranks=RANKS).ok()
@@ -86,6 +94,7 @@ def test_another_machine_goes_on_and_takes_nothing_that_is_damaged(
 
     for step in durable.published(there):
         os.truncate(durable.step_folder(there, step) / "state.json", 5)
+    restart(server)
     shutil.rmtree(run)
     refused = stored.run("train", str(config), ranks=RANKS)
     assert refused.code == 4, refused.err
