@@ -100,6 +100,8 @@ def test_another_machine_goes_on_and_takes_nothing_that_is_damaged(
     assert refused.code == 4, refused.err
     assert "has checkpoints but none is valid" in refused.err
     assert durable.published(run / "checkpoints") == []
+    done = stored.run("doctor", str(config))
+    assert f"ok  s3://bucket/{tmp_path.name}: " in done.out
     refused = stored.run("train", str(config), "train.seed=4", f"out={tmp_path}/other", ranks=RANKS)
     assert refused.code == 2, refused.err
     assert f"s3://bucket/{tmp_path.name} holds another run" in refused.err
