@@ -108,6 +108,7 @@ def test_another_machine_goes_on_and_takes_nothing_that_is_damaged(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_server_that_dies_in_an_upload(
     stored: Forks, server: S3Server, tmp_path: Path, latents: Path, whole: list[dict[str, object]]
 ) -> None:
