@@ -9,8 +9,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data_pipelines.config import DataConfig, Source
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
+from data_pipelines.plan import Plan
+from data_pipelines.sources import read_source
 from dit.config import FitRun, SpatioTemporalDiTConfig
 from dit.config.objective import RectifiedFlowConfig, VariationalConfig
 from dit.diffusion import build_objective, equip
@@ -20,6 +23,7 @@ from dit.engine.saver import Saver
 from dit.engine.tally import Tally
 from dit.models import SequenceParallelDiT, SpatioTemporalDiT, build_backbone
 from dit.runtime import distributed
+from dit.stream import Steps
 
 ROOT = Path(sys.argv[1])
 CHANNELS, TEXT = 3, 5
@@ -199,6 +203,22 @@ def train(shapes: dict[str, list[tuple[int, int]]], moves: list[tuple[int, int, 
         found[f"flow from {before} to {ranks} {stage}"] = {"steps": steps, "weights": weights_of(engine).tolist()}
     if distributed.rank() == 0:
         (ROOT / "found.json").write_text(json.dumps(found))
+
+
+def holes() -> None:
+    """OUT/N/latents has what rank N reads; that of rank 1 has damaged samples."""
+    distributed.init(2)
+    source = str(ROOT / str(distributed.rank()) / "latents")
+    data = DataConfig(sources=[Source(path=source)], token_budget=192, packs_per_step=2, num_workers=0)
+    plan = Plan(data, [read_source(source, config_key="data.sources")], lambda facts: (facts.frames, 4, 4), 0)
+    with Steps(plan, distributed.data_rank(), distributed.data_world_size()) as steps:
+        batches = [next(steps) for _ in range(6)]
+    errors = [[(sample.id, sample.error) for sample in pack.samples] for batch in batches for pack in batch.packs]
+    first, second = distributed.gather_json(errors)
+    assert first == second
+    named = distributed.gather_json([name for batch in batches for name, _ in batch.bad])
+    assert len(named[0]) == len({name for pack in first for name, error in pack if error}) == 3
+    assert not named[1]
 
 
 def refused() -> None:
