@@ -85,8 +85,7 @@ class Pool(Generic[Task, Result]):
                 continue
             if isinstance(result, _Raised):
                 raise result.error
-            tag, task = worker.tasks.popleft()
-            yield tag, task, result
+            yield *worker.tasks.popleft(), result
 
     def close(self) -> None:
         """End the processes at once, whatever they are at."""
@@ -106,10 +105,10 @@ class Pool(Generic[Task, Result]):
         _kill([worker])
         code = worker.process.exitcode
         assert code is not None
-        for tag, task in list(worker.tasks)[1:]:
+        if worker.tasks:
+            yield *worker.tasks.popleft(), WorkerLost(code)  # before another process starts in its place
+        for tag, task in worker.tasks:
             self.submit(task, tag)
-        for tag, task in list(worker.tasks)[:1]:
-            yield tag, task, WorkerLost(code)
 
 
 class InOrder(Iterator[Received], Generic[Task, Result, Received]):
