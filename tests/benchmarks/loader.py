@@ -1,9 +1,9 @@
-"""Throughput of the stream, each figure beside what it is compared with, in one run: `python tests/benchmarks/loader.py [PART ...] [--folder F]`.
+"""Throughput of the stream, each figure beside what it is compared with, in one run: `python tests/benchmarks/loader.py [PART ...]`.
 
 Latents: every byte verified, checked and copied into a pack, against reading the same bytes and nothing else, and against webdataset,
 which shuffles among as many samples, decodes the same members to the same tensors and yields as many at a time.
 Decoding: the stream of rendered clips against the same decoder in a bare loop. Resume: time to the first step at several places.
-Parts: latents, decoding, resuming, single_costs; all of them if none is named. The shards are written to a temporary folder in F and read
+Parts: latents, decoding, resuming, single_costs; all if none is named. Shards are written to a temporary folder (in --folder) and read
 from the page cache.
 """
 
