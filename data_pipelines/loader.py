@@ -106,7 +106,7 @@ class _Tasks(Sampler[Task]):
             step = self.plan.step(position)
             for pack in share(step.packs, self.rank, self.world_size):
                 holes = {i: ON_THE_LIST for i, planned in enumerate(pack) if planned.id in self.left_out}
-                yield Task(number, pack, step.samples, step.after, holes)
+                yield Task(number, pack, step.place(pack), step.after, holes)
                 number += 1
             position = step.after
 
@@ -149,7 +149,7 @@ class StepStream(Iterator[StepPacks]):
         samples = [sample for pack in packs for sample in pack.samples]
         bad = [(sample.id, sample.error) for sample in samples if sample.error is not None]
         counters = Counter("empty_captions" for sample in samples if sample.error is None and not sample.caption)
-        return StepPacks(packs, parcels[0].task_samples, parcels[0].after, bad, dict(counters))
+        return StepPacks(packs, parcels[0].place.samples, parcels[0].after, bad, dict(counters))
 
     def _open(self) -> InOrder[Parcel]:
         config = self._config

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_pipelines.packed import Grid
+from data_pipelines.packed import Grid, InStep
 from data_pipelines.plan import PlannedPack, Position
 from data_pipelines.raw import RawSample
 
@@ -20,10 +20,11 @@ _SLOTS = 64  # of a worker; what a rank holds beyond them gets memory of its own
 
 @dataclass(frozen=True)
 class RawPack:
-    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included."""
+    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included. place: as in `PackedLatents`."""
 
     samples: tuple[RawSample, ...]
     grids: tuple[Grid, ...]
+    place: InStep | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -37,7 +38,7 @@ class Task:
 
     number: int
     pack: PlannedPack
-    samples: int
+    place: InStep
     after: Position
     holes: Mapping[int, str]
 
@@ -51,7 +52,7 @@ class Parcel:
 
     samples: tuple[RawSample, ...]
     grids: tuple[Grid, ...]
-    task_samples: int
+    place: InStep
     after: Position
     parts: tuple[tuple[int, str, torch.dtype, tuple[int, ...]], ...]
     slot: tuple[int, int] | None
@@ -67,7 +68,7 @@ class Parcel:
             flat = buffer[offset:end].view(dtype)[: torch.Size(shape).numel()]
             samples[number] = replace(samples[number], **{name: flat.view(shape)})  # type: ignore[arg-type]
             offset = end
-        return RawPack(tuple(samples), self.grids)
+        return RawPack(tuple(samples), self.grids, self.place)
 
 
 def _aligned(length: int) -> int:
@@ -114,7 +115,7 @@ def wrap(task: Task, samples: list[RawSample], slots: Slots) -> Parcel:
     """Pack what a worker read; without workers it stays where it is."""
     grids = tuple(planned.grid for planned in task.pack)
     if (worker := get_worker_info()) is None:
-        return Parcel(tuple(samples), grids, task.samples, task.after, (), None, torch.empty(0))
+        return Parcel(tuple(samples), grids, task.place, task.after, (), None, torch.empty(0))
     parts, tensors = [], []
     for number, sample in enumerate(samples):
         for name in ("pixels", "latents", "text"):
@@ -128,4 +129,4 @@ def wrap(task: Task, samples: list[RawSample], slots: Slots) -> Parcel:
     for tensor in tensors:
         buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
         offset += _aligned(tensor.nbytes)
-    return Parcel(tuple(samples), grids, task.samples, task.after, tuple(parts), slot, None if known else buffer)
+    return Parcel(tuple(samples), grids, task.place, task.after, tuple(parts), slot, None if known else buffer)

@@ -152,7 +152,7 @@ class _Continuous(_Conditional):
     clean_tokens: CleanTokens | None = None
     """Train for edits with `known_by: {name: trained_masks}`; the loss is on the noised tokens only."""
     stratified: bool = False
-    """Draw the times of a pack one from each of as many equal parts of the distribution, for a loss of less variance."""
+    """Draw the times of a step one from each of as many equal parts of the distribution, for a loss of less variance. Holes keep theirs."""
     shift: ShiftConfig | None = None
     """Longer samples need more noise to lose their content; None for no shift. Without a name it is `tokens`."""
 

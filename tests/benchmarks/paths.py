@@ -1,4 +1,4 @@
-"""Five paths and predictions on the demo's moving shapes under one budget: `python tests/benchmarks/paths.py [--samples 24000]`.
+"""Five paths and predictions, and one of them under another's weight, on the demo's moving shapes under one budget: `python tests/benchmarks/paths.py [--samples 24000]`.
 
 Renders and encodes the demo set, trains each by `dit train` and judges all by one `dit evaluate`, which prints the table. What is done is
 not done again. Every method draws ln(b / a) from one normal distribution in training and visits the same values of it in sampling, by DDIM,
@@ -22,6 +22,7 @@ SAMPLING = {
 METHODS = {
     "rectified_flow": "path: {name: rectified_flow}, prediction: velocity",
     "vp_eps": "path: {name: vp}, prediction: noise",
+    "vp_eps_weighted": "path: {name: vp}, prediction: noise, weighting: {name: constant, space: v}",
     "vp_v": "path: {name: vp}, prediction: v",
     "edm": "path: {name: edm}, prediction: edm, weighting: {name: edm}",
     "trigflow": "path: {name: trigflow}, prediction: v",
