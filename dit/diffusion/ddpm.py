@@ -35,7 +35,7 @@ class DDPM:
     def __call__(self, denoiser: Denoiser, batch: PackedLatents, progress: float) -> Losses:
         """Loss of each sample, zero for holes. denoiser: the raw network, one call of it."""
         config, path, channels = self.config, self.path, batch.tokens.shape[1]
-        steps = torch.searchsorted(self.probabilities.cumsum(0), uniforms(batch.keys, False)).clamp(max=path.steps - 1)
+        steps = torch.searchsorted(self.probabilities.cumsum(0), uniforms(batch.keys, None)).clamp(max=path.steps - 1)
         weight = 1 / (path.steps * self.probabilities[steps])  # (n,), 1 for uniform steps
         x_t, noise, t = noised(batch, (steps + 1) / path.steps, path)
         cond = drop_conditions(batch.cond, batch.keys, config.condition_dropout, self.null_text, self.null_label)

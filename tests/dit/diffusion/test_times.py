@@ -92,8 +92,9 @@ def test_stratified_draws_put_one_in_each_part_of_the_step_however_it_is_cut() -
     keys = list(range(100, 164))
 
     def drawn(cuts: list[int]) -> Tensor:
-        packs = [(start, keys[start:end]) for start, end in pairwise(cuts)]
-        return torch.cat([times.draw(UniformTimes(name="uniform"), None, own, [1] * len(own), place=InStep(start, 64, 5)) for start, own in packs])
+        even = UniformTimes(name="uniform")
+        packs = [(keys[start:end], InStep(start, 64, 5)) for start, end in pairwise(cuts)]
+        return torch.cat([times.draw(even, None, own, [1] * len(own), place=place) for own, place in packs])
 
     u = drawn([0, 64])
     assert torch.equal((u * 64).floor().sort().values, torch.arange(64, dtype=torch.float64))
