@@ -12,10 +12,11 @@ from torch import Tensor
 from data_pipelines import randomness
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.objective import DDPMConfig
+from dit.config.path import Quantity
 from dit.diffusion.chain import Posterior, Variance, gaussian_kl, log_variance, posterior
 from dit.diffusion.denoiser import Denoiser, ask
 from dit.diffusion.objectives import drop_conditions, noised
-from dit.diffusion.paths import Path, Quantity, VariancePreserving, betas_of, on_tokens
+from dit.diffusion.paths import Path, VariancePreserving, betas_of, on_tokens
 from dit.diffusion.times import uniforms
 from dit.runtime.losses import Losses
 
