@@ -90,6 +90,7 @@ def backbone() -> None:
         ({"num_classes": 4, "jumps": True}, MIXED, True),
         ({"jumps": True}, MIXED, False),
         ({"jumps": True, "activation_checkpointing": "full"}, UNIFORM, True),
+        ({"activation_checkpointing": "selective"}, MIXED, False),
     ]
     expected = []
     for ranks in (1, 2, 4):
