@@ -18,7 +18,7 @@ from dit.engine import durable
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
 from dit.engine.loop import LossesOf, fit
-from dit.models import build_backbone
+from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
@@ -75,6 +75,8 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
+    if run.engine.compile:
+        compile_blocks(network)
     student = equip(network, base.objective)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
