@@ -138,7 +138,7 @@ def read_members(address: str, members: Mapping[str, Member]) -> dict[str, bytes
 
 def room_for(members: Mapping[str, Member]) -> int:
     """Bytes of memory that `read_into` takes for these members."""
-    return sum(map(_aligned, (length for _, length in _ranges(members))))
+    return sum(_aligned(length) for _, length in _ranges(members))
 
 
 def read_into(address: str, members: Mapping[str, Member], memory: memoryview) -> dict[str, memoryview]:
@@ -163,11 +163,12 @@ def read_into(address: str, members: Mapping[str, Member], memory: memoryview) -
 
 def _ranges(members: Mapping[str, Member]) -> list[tuple[int, int]]:
     """(offset, length) of all members together, or of each in order if they lie far apart."""
-    first = min((member.offset for member in members.values()), default=0)
-    last = max((member.offset + member.length for member in members.values()), default=0)
-    if last - first <= sum(member.length for member in members.values()) + _GAP * len(members):
-        return [(first, last - first)]
-    return [(member.offset, member.length) for member in members.values()]
+    first, last, total = 1 << 63, 0, 0
+    for offset, length, _ in members.values():
+        first, last, total = min(first, offset), max(last, offset + length), total + length
+    if last - first > total + _GAP * len(members):
+        return [(member.offset, member.length) for member in members.values()]
+    return [(first, last - first)] if members else []
 
 
 def _aligned(length: int) -> int:
