@@ -126,11 +126,6 @@ def pieces(address: str) -> Iterator[bytes]:
         yield piece
 
 
-def read_member(address: str, offset: int, length: int, expected: str) -> bytes:
-    """Read one member of the shard at `address`. Raises BadSample unless its content has the checksum `expected`."""
-    return read_members(address, {"": Member(offset, length, expected)})[""]
-
-
 def read_members(address: str, members: Mapping[str, Member]) -> dict[str, bytes]:
     """Read and verify several members of one sample. Raises BadSample."""
     return {name: bytes(data) for name, data in read_into(address, members, memoryview(bytearray(room_for(members)))).items()}
