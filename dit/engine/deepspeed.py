@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import FitRun
+from dit.engine.memory import BUCKET_ELEMENTS
 from dit.engine.optimizer import AdamWithEMA
 from dit.engine.places import Place
-
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients reduced, or weights gathered, in one message."""
 
 
 def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:
