@@ -35,7 +35,7 @@ class StepPacks(Protocol):
 
     packs: micro-batches, each with `ids` of its samples and their token `grids`. samples: how many the step has over all ranks.
     position: named tuple, where the stream goes on after this step. bad: (id, reason) of this rank's samples that could not be
-    read, holes in the packs.
+    read, holes in the packs; of the ranks that compute a pack together, one names them.
     """
 
     @property
@@ -196,6 +196,7 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
     """
     step, (action, reason) = engine.step, (outcome.verdict.action, outcome.verdict.reason)
     facts = [{"rank": distributed.rank(), "grids": [list(pack.grids) for pack in batch.packs], "samples": tally.samples()}]
+    facts = facts if distributed.sequence_rank() == 0 else []  # the others have the same packs
     norm = outcome.grad_norm if math.isfinite(outcome.grad_norm) else str(outcome.grad_norm)
     record = {"step": step, "action": action, "reason": reason, "grad_norm": norm, "lr": engine.lr}
     records.untrusted(record | {"ranks": [fact for facts in distributed.gather_json(facts) for fact in facts]})
@@ -263,7 +264,8 @@ def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, re
 def _with_averages(call: Callable[[nn.Module, int], Made], engine: Engine, records: Records) -> Made | None:
     """What `call` makes of the averaged weights; None where it is not called."""
     with engine.ema_weights() as module:
-        made = call(module, engine.step) if records.is_writer or engine.run.engine.zero_stage == 3 else None
+        together = engine.run.engine.zero_stage == 3 or distributed.sequence_parallel() > 1
+        made = call(module, engine.step) if records.is_writer or together else None
         distributed.barrier()
     return made
 

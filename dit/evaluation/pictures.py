@@ -29,7 +29,7 @@ def contact_sheet(
     """
     strips = [_strip(video, frames) for video in videos.numpy()]
     cell_width = strips[0].shape[1]
-    scale = max(1, min(4, 400 // cell_width if videos.shape[1] > 1 else 96 // cell_width))
+    scale = max(1, min(4, (72 if videos.shape[1] > 1 else 96) // videos.shape[2]))
     cell_width, cell_height = max(cell_width * scale, 96), strips[0].shape[0] * scale
     columns = columns or max(1, min(len(strips), (width - GAP) // (cell_width + GAP)))
     font = ImageFont.load_default(11)
