@@ -244,11 +244,14 @@ def deal(costs: Sequence[float], world_size: int) -> list[list[int]]:
     return [[row[rank if number % 2 == 0 else -1 - rank] for number, row in enumerate(rows)] for rank in range(world_size)]
 
 
-def check_world_size(config: DataConfig, world_size: int) -> None:
-    """Raise UserError unless every rank gets the same number of packs."""
-    if rest := config.packs_per_step % world_size:
-        divisors = [n for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0]
+def check_world_size(config: DataConfig, world_size: int, ranks_of_a_pack: int = 1) -> None:
+    """Raise UserError unless every rank, or every `ranks_of_a_pack` of them together, get the same number of packs."""
+    shares = world_size // ranks_of_a_pack
+    if rest := config.packs_per_step % shares:
+        processes = [n * ranks_of_a_pack for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0]
+        by = f"({world_size} / {ranks_of_a_pack})" if ranks_of_a_pack > 1 else f"{world_size}"
+        name = "(world size / engine.sequence_parallel)" if ranks_of_a_pack > 1 else "world size"
         raise UserError(
-            f"data.packs_per_step % world size = {config.packs_per_step} % {world_size} = {rest}, expected 0; "
-            f"run on {' or '.join(map(str, divisors))} processes, or set data.packs_per_step to a multiple of {world_size}"
+            f"data.packs_per_step % {name} = {config.packs_per_step} % {by} = {rest}, expected 0; "
+            f"run on {' or '.join(map(str, processes))} processes, or set data.packs_per_step to a multiple of {shares}"
         )

@@ -27,7 +27,7 @@ Gap = Callable[[nn.Module, Sequence[PackedLatents], Sequence[float]], Tensor]
 
 def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
-    distributed.init()
+    distributed.init(run.engine.sequence_parallel)
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base

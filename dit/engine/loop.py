@@ -34,7 +34,7 @@ class StepPacks(Protocol):
 
     packs: micro-batches, each with `ids` of its samples and their token `grids`. samples: how many the step has over all ranks.
     position: named tuple, where the stream goes on after this step. bad: (id, reason) of this rank's samples that could not be
-    read, holes in the packs.
+    read, holes in the packs; of the ranks that compute a pack together, one names them.
     """
 
     @property
@@ -77,8 +77,8 @@ def fit(
 
     losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same losses on all.
     left_out: ids that were unusable before the checkpoint it goes on from. leave_out(ids) is told those of each step, on all ranks alike.
-    preview(module, step) draws with the averaged weights, on the first rank, under ZeRO stage 3 on all; videos (B, T, H, W, 3) that
-    it returns go to TensorBoard.
+    preview(module, step) draws with the averaged weights, on the first rank, under ZeRO stage 3 and sequence parallelism on all; videos
+    (B, T, H, W, 3) that it returns go to TensorBoard.
     flops_of(pack): floating-point operations of its forward and backward pass.
     Raises UntrustedStep, DataBudgetExceeded, UserError (disk), on all ranks.
     """
@@ -183,6 +183,7 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
     """
     step, (action, reason) = engine.step, (outcome.verdict.action, outcome.verdict.reason)
     facts = [{"rank": distributed.rank(), "grids": [list(pack.grids) for pack in batch.packs], "samples": tally.samples()}]
+    facts = facts if distributed.sequence_rank() == 0 else []  # the others have the same packs
     norm = outcome.grad_norm if math.isfinite(outcome.grad_norm) else str(outcome.grad_norm)
     record = {"step": step, "action": action, "reason": reason, "grad_norm": norm, "lr": engine.lr}
     records.untrusted(record | {"ranks": [fact for facts in distributed.gather_json(facts) for fact in facts]})
@@ -232,7 +233,8 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
 
 def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, records: Records) -> None:
     with engine.ema_weights() as module:
-        videos = preview(module, engine.step) if records.is_writer or engine.run.engine.zero_stage == 3 else None
+        together = engine.run.engine.zero_stage == 3 or distributed.sequence_parallel() > 1
+        videos = preview(module, engine.step) if records.is_writer or together else None
         distributed.barrier()
     if videos is not None:
         records.videos(videos, engine.step)

@@ -17,7 +17,7 @@ def contact_sheet(videos: Tensor, captions: Sequence[str], path: Path, *, title:
     """Write a PNG: a strip of up to `frames` frames for each video (B, T, H, W, 3) uint8, its caption below it."""
     strips = [_strip(video, frames) for video in videos.numpy()]
     cell_width = strips[0].shape[1]
-    scale = max(1, min(4, 400 // cell_width if videos.shape[1] > 1 else 96 // cell_width))
+    scale = max(1, min(4, (72 if videos.shape[1] > 1 else 96) // videos.shape[2]))
     cell_width, cell_height = max(cell_width * scale, 96), strips[0].shape[0] * scale
     columns = max(1, min(len(strips), (width - GAP) // (cell_width + GAP)))
     font = ImageFont.load_default(11)
