@@ -14,13 +14,16 @@ GAP, LINE, LETTER = 8, 15, 6  # pixels, a letter on the average
 WIDTH = 1200
 
 
-def contact_sheet(videos: Tensor, captions: Sequence[str], path: Path, frames: int = 5) -> None:
-    """Write a PNG: a strip of up to `frames` frames for each video (B, T, H, W, 3) uint8, its caption below it."""
+def contact_sheet(videos: Tensor, captions: Sequence[str], path: Path, frames: int = 5, columns: int | None = None) -> None:
+    """Write a PNG: a strip of up to `frames` frames for each video (B, T, H, W, 3) uint8, its caption below it.
+
+    columns: None for as many as `WIDTH` pixels hold.
+    """
     strips = [_strip(video, frames) for video in videos.numpy()]
     cell_width = strips[0].shape[1]
     scale = max(1, min(4, (72 if videos.shape[1] > 1 else 96) // videos.shape[2]))
     cell_width, cell_height = max(cell_width * scale, 96), strips[0].shape[0] * scale
-    columns = max(1, min(len(strips), (WIDTH - GAP) // (cell_width + GAP)))
+    columns = columns or max(1, min(len(strips), (WIDTH - GAP) // (cell_width + GAP)))
     font, ink = ImageFont.load_default(11), (120, 120, 120)
     texts = [textwrap.wrap(caption, cell_width // LETTER, max_lines=2, placeholder="…") for caption in captions]
     row_height = cell_height + LINE * max(map(len, texts)) + GAP
