@@ -215,10 +215,8 @@ def _print_edits(count: int) -> None:
     print("\n| second token of a pair, given the first | steps | repeats | jump | Wasserstein-2 |\n|---|---|---|---|---|")
     rows: list[tuple[str, Denoiser, str, int, float, int, int]] = [
         ("told clean tokens", told, "heun", 40, 1.0, 1, 1),
-        *(
-            ("replacement", truth, "ancestral", steps, 0.3, repeats, jump)
-            for steps, repeats, jump in ((40, 1, 4), (40, 10, 4), (80, 24, 8))
-        ),
+        ("replacement", truth, "ancestral", 40, 0.3, 1, 4),
+        ("replacement", truth, "ancestral", 40, 0.3, 10, 4),
     ]
     for name, denoiser, sampler, steps, k, repeats, jump in rows:
         sampling = SamplingConfig.model_validate({"sampler": sampler, "steps": steps})
