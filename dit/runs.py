@@ -40,7 +40,15 @@ from dit.runtime.lease import lock_for_writing
 log = logging.getLogger(__name__)
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
-FREE_KEYS = ("data.num_workers", "data.max_bad_fraction", "data.sample_seconds", "data.worker_gib", "data.cache")
+FREE_KEYS = (
+    "backbone.activation_checkpointing",
+    "backbone.attention_backend",
+    "data.num_workers",
+    "data.max_bad_fraction",
+    "data.sample_seconds",
+    "data.worker_gib",
+    "data.cache",
+)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,10 @@ class Forks:
         return json.loads(answer)
 
     def start(self, *argv: str, ranks: int = 1, fault: str = "", absent: int | None = None) -> "Ranks":
-        """Start `dit ARGV`, as `ranks` processes of one group. fault: `point:rank:n`, see dit/runtime/faults.py. absent: rank left out."""
+        """Start `dit ARGV`, or a script if ARGV begins with one, as `ranks` processes of one group.
+
+        fault: `point:rank:n`, see dit/runtime/faults.py. absent: rank left out.
+        """
         self.count += 1
         port = free_port()
         pids, files = [], []
