@@ -22,7 +22,7 @@ from data_pipelines import packing, randomness
 from data_pipelines.config import DataConfig, Size
 from data_pipelines.errors import UserError
 from data_pipelines.index import Entry, uncollected
-from data_pipelines.packed import Grid
+from data_pipelines.packed import Grid, InStep
 from data_pipelines.samples import Facts
 from data_pipelines.sizes import choose_size
 from data_pipelines.sources import Shard, SourceManifest, read_sources
@@ -91,6 +91,11 @@ class PlannedStep:
     def samples(self) -> int:
         """Samples of the step over all ranks."""
         return sum(map(len, self.packs))
+
+    def place(self, pack: PlannedPack) -> InStep:
+        """Where one of its packs lies in the step."""
+        before = self.packs[: self.packs.index(pack)]
+        return InStep(sum(map(len, before)), self.samples, randomness.key(self.packs[0][0].key, "step"))
 
 
 class Place(NamedTuple):

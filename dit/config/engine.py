@@ -90,6 +90,9 @@ class TrainConfig(Section):
     """Newest checkpoints kept; the newest valid one is never deleted."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints whose step is a multiple of this are kept for ever."""
+    checkpoint_store: Annotated[str, Field(pattern=r"^s3://[^/\s]+(/[^/\s]+)*$")] | None = None
+    """Such as s3://bucket/runs/a: every checkpoint is also uploaded there while training goes on, and a run whose directory has none
+    newer goes on from there. Of one run alone."""
     async_save: bool = True
     """Copy the state to host memory and write it while training goes on; at most one checkpoint is being written at a time."""
 

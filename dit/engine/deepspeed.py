@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from dit.config import FitRun
+from dit.engine.memory import BUCKET_ELEMENTS
 from dit.engine.optimizer import AdamWithEMA
 from dit.engine.places import Place
 from dit.runtime import distributed
-
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients reduced, or weights gathered, in one message."""
 
 
 def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:

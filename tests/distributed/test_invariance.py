@@ -33,7 +33,7 @@ def runs(forks: Forks, tmp_path_factory: pytest.TempPathFactory, latents: Path) 
     """The metrics of each shape of the same run."""
     folder, found = tmp_path_factory.mktemp("invariance"), {}
     for number, (name, (ranks, changes)) in enumerate(SHAPES.items()):
-        config = train_config(folder / f"{number}.yaml", latents, train__save_every_steps=100, **changes)
+        config = train_config(folder / f"{number}.yaml", latents, train__save_every_steps=100, objective__stratified=True, **changes)
         forks.run("train", str(config), ranks=ranks).ok()
         found[name] = metrics(config.with_suffix(""))
     return found
