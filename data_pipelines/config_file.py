@@ -37,6 +37,11 @@ def load_run(root: type[Run], path: str | None, overrides: Sequence[str] = ()) -
         raise ConfigError(_report(root, path, places, error)) from None
 
 
+def has_section(path: str, name: str) -> bool:
+    """Whether the YAML file `path`, or its base, has a section `name`. Raises ConfigError if it cannot be read."""
+    return name in _read_with_base(Path(path))[0]
+
+
 def save_resolved(run: BaseModel, path: Path) -> None:
     """Write the run with every default filled in, such that `load_run` reads it back equal."""
     path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

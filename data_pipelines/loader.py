@@ -47,7 +47,7 @@ def _tasks(plan: Plan, rank: int, world_size: int, start: Position, left_out: se
         step = plan.step(position)
         for pack in share(step.packs, rank, world_size):
             holes = {i: ON_THE_LIST for i, planned in enumerate(pack) if planned.id in left_out}
-            yield Task(number, pack, step.samples, step.after, holes)
+            yield Task(number, pack, step.place(pack), step.after, holes)
             number += 1
         position = step.after
 
@@ -85,7 +85,7 @@ class StepStream(Iterator[StepPacks]):
         samples = [sample for pack in packs for sample in pack.samples]
         bad = [(sample.id, sample.error) for sample in samples if sample.error is not None]
         counters = Counter("empty_captions" for sample in samples if sample.error is None and not sample.caption)
-        return StepPacks(packs, step.samples, step.after, bad, dict(counters))
+        return StepPacks(packs, step.place.samples, step.after, bad, dict(counters))
 
     def _kept(self, sample: RawSample) -> RawSample:
         listed = sample.id in self._left_out

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.packed import Grid
+from data_pipelines.packed import Grid, InStep
 from data_pipelines.plan import PlannedPack, Position
 from data_pipelines.raw import Memory, RawSample
 
@@ -25,10 +25,11 @@ Part = tuple[int, str, np.dtype, tuple[int, ...], int]
 
 @dataclass(frozen=True)
 class RawPack:
-    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included."""
+    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included. place: as in `PackedLatents`."""
 
     samples: tuple[RawSample, ...]
     grids: tuple[Grid, ...]
+    place: InStep | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -42,7 +43,7 @@ class Task:
 
     number: int
     pack: PlannedPack
-    samples: int
+    place: InStep
     after: Position
     holes: Mapping[int, str]
 

@@ -83,7 +83,7 @@ class _Readers:
     def receive(self, task: Task, parcel: Parcel) -> tuple[Task, RawPack]:
         """The pack that was read for a task."""
         grids = tuple(planned.grid for planned in task.pack)
-        return task, RawPack(parcel.open(self._slots[parcel.worker]), grids)
+        return task, RawPack(parcel.open(self._slots[parcel.worker]), grids, task.place)
 
     def mend(self, task: Task, lost: WorkerLost) -> Task:
         """The task without the sample that its process was at. Raises WorkerLost if they keep ending without a sample to blame."""

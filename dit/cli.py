@@ -1,23 +1,25 @@
 """`dit VERB CONFIG [key=value ...]`: dispatch only. Help and config errors import no torch."""
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import StorageUnavailable, UserError
 from dit.runtime import heartbeat
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: its config root (a class of dit.config, or none), what it does, and an example."""
+    """One command: its config root (a class of dit.config), what it does, and an example. student_root: of a config with a teacher."""
 
     root: str
     summary: str
     example: str
+    student_root: str | None = None
 
 
 VERBS = {
@@ -26,8 +28,9 @@ VERBS = {
     ),
     "plan": Verb(
         "TrainRun",
-        "say what a training will do with its data, without training",
+        "say what a training or distillation will do with its data, and what it costs, without running it",
         "dit plan configs/train/videos.yaml data.packs_per_step=64",
+        "DistillRun",
     ),
     "distill": Verb(
         "DistillRun", "make a few-step student of a trained run; the same command resumes", "dit distill configs/demo/distill.yaml"
@@ -51,12 +54,15 @@ PLAIN_VERBS = {
     "doctor": ("is this machine fit for a run? under torchrun: are they all?", "dit doctor configs/train/videos.yaml"),
     "data": ("curate, make, check and show shards", "dit data ingest photos/ shards/photos"),
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+"""Nobody's mistake, wherever in a command they come up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
-    0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 5 access denied, 75 storage is away, 1 a crash.
+    0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 5 access denied, 75 a store is away or a disk is full or
+    broken, 1 a crash.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     heartbeat.start()
@@ -65,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error}. Mend the disk or make room, then start the same command", file=sys.stderr)
+        code = StorageUnavailable.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -82,10 +93,11 @@ def _dispatch(arguments: list[str]) -> int:
         return int(importlib.import_module(f"dit.{arguments[0]}").main(arguments[1:]) or 0)
     options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
     verb = VERBS[options.verb]
-    config = importlib.import_module("dit.config")
-    run = importlib.import_module("data_pipelines.config_file").load_run(getattr(config, verb.root), options.config, options.overrides)
+    config, files = importlib.import_module("dit.config"), importlib.import_module("data_pipelines.config_file")
+    root = verb.student_root if verb.student_root and files.has_section(options.config, "teacher") else verb.root
+    run = files.load_run(getattr(config, root), options.config, options.overrides)
     if options.check:
-        print(f"{options.config}: valid {verb.root}")
+        print(f"{options.config}: valid {root}")
         return 0
     return int(importlib.import_module(f"dit.{options.verb}").main(run) or 0)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from data_pipelines.errors import DataBudgetExceeded, UserError
 from data_pipelines.executors import Executor, Failure
 from data_pipelines.index import Entry
+from data_pipelines.packed import InStep
 from data_pipelines.parcels import RawPack, Task
 from data_pipelines.plan import START, PlannedSample
 from data_pipelines.progress import Progress
@@ -120,7 +121,7 @@ def _tasks(plans: Sequence[Sequence[PlannedSample]], batch: int) -> Iterator[Tas
     for plan in plans:
         readable = iter([planned for planned in plan if planned.size])
         while pack := tuple(islice(readable, batch)):
-            yield Task(0, pack, len(pack), START, {})
+            yield Task(0, pack, InStep(0, len(pack), 0), START, {})
 
 
 def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Sequence[Entry]) -> list[PlannedSample]:

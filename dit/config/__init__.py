@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, SizeRule, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import MethodConfig, TeacherConfig
+from dit.config.distillation import DiagnosisConfig, MethodConfig, TeacherConfig
 from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, GuardConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
@@ -71,6 +71,8 @@ class DistillRun(FitRun):
     method: MethodConfig
     data: DataConfig | None = None
     """None reuses the teacher's data."""
+    diagnosis: DiagnosisConfig | None = DiagnosisConfig()
+    """At previews: without `preview` there is none. null draws previews alone."""
 
     @model_validator(mode="after")
     def _differences_are_resolved(self) -> Self:
@@ -78,6 +80,11 @@ class DistillRun(FitRun):
             raise ValueError(
                 "engine.precision=bf16 and method.derivative=difference: a difference of bf16 answers is rounding alone; "
                 "set method.derivative: forward, or engine.precision: fp32"
+            )
+        if self.engine.compile and getattr(self.method, "derivative", None) == "forward":
+            raise ValueError(
+                "engine.compile=true and method.derivative=forward: compiled blocks have no forward mode; "
+                "set method.derivative: difference, or engine.compile: false"
             )
         return self
 

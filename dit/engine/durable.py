@@ -9,7 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,28 @@ def staging_name(step: int) -> str:
 
 def seal(path: Path) -> Entry:
     """Flush the file at `path` to the disk and describe it for the manifest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _flush(path)
     return {"name": path.name, "length": path.stat().st_size, "xxh3_64": checksum(path)}
 
 
 def publish(staged: Path, root: Path, step: int, entries: Sequence[Entry]) -> Path:
     """Write the manifest of the sealed files of `staged`, flush, and make the folder appear under its name in one rename."""
     faults.point("save.sealed")
-    (staged / MANIFEST).write_bytes(_manifest(step, entries))
-    seal(staged / MANIFEST)
-    _flush_folder(staged)
+    with naming(staged / MANIFEST):
+        (staged / MANIFEST).write_bytes(_manifest(step, entries))
+    _flush(staged / MANIFEST)
+    _flush(staged)
     faults.point("save.manifested")
+    return appear(staged, root, step)
+
+
+def appear(staged: Path, root: Path, step: int) -> Path:
+    """Give the complete folder `staged` its name, in place of any that has it; returns its path."""
     final = step_folder(root, step)
     if final.exists():  # left by an earlier run of the same step: an invalid one, or a resume behind it
         final.rename(root / f".replaced-{final.name}")
     staged.rename(final)
-    _flush_folder(root)
+    _flush(root)
     faults.point("save.published")
     shutil.rmtree(root / f".replaced-{final.name}", ignore_errors=True)
     hint = root / ".latest"
@@ -93,14 +99,14 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         return [f"{path}: unreadable ({error})"]
     if data != canonical:
         return [f"{path}: its checksum does not match its contents"]
-    if step_folder(folder.parent, step) != folder:
+    if folder.name not in (step_folder(folder, step).name, staging_name(step)):
         return [f"{path}: written for step {step}"]
     return [problem for entry in entries[share::shares] if (problem := _file_problem(folder / str(entry["name"]), entry))]
 
 
 def retain(root: Path, keep: int, newest_valid: int, every: int | None = None) -> list[int]:
     """Delete all but the newest `keep` steps of `root` and multiples of `every`, and never `newest_valid`; returns what was deleted."""
-    doomed = [step for step in published(root)[keep:] if step != newest_valid and (every is None or step % every)]
+    doomed = superfluous(published(root), keep, newest_valid, every)
     for step in doomed:
         folder = step_folder(root, step)
         hidden = folder.rename(root / f".deleting-{folder.name}")  # never half a folder under a name that counts
@@ -108,12 +114,17 @@ def retain(root: Path, keep: int, newest_valid: int, every: int | None = None) -
     return doomed
 
 
+def superfluous(steps: Sequence[int], keep: int, newest_valid: int, every: int | None) -> list[int]:
+    """Which of `steps`, newest first, retention deletes."""
+    return [step for step in steps[keep:] if step != newest_valid and (every is None or step % every)]
+
+
 def checksum(path: Path) -> str:
     """xxh3_64 of a file, as hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest, block = xxhash.xxh3_64(), memoryview(bytearray(1 << 20))  # as much as stays in the processor's cache
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
@@ -134,9 +145,20 @@ def _file_problem(path: Path, entry: Entry) -> str | None:
         return f"{path}: {error.strerror}"
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have a file or a folder on the disk."""
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of errors of the disk inside that they are of `path`: those of a descriptor do not."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

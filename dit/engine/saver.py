@@ -1,7 +1,8 @@
 """Writing checkpoints of a run: while training goes on, at most one at a time, published only when every rank has written its share.
 
 The caller's thread copies what this rank owns to host memory, which is all that training waits for; a second thread writes, seals,
-publishes and deletes old ones. What goes wrong there is raised on all ranks by the next `save` or `finish`.
+publishes and deletes old ones; what goes wrong there is raised on all ranks by the next `save` or `finish`. If the run has a store, a third
+uploads.
 """
 
 import json
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import StorageUnavailable, UserError
 from dit.config import FitRun, TrainRun
 from dit.engine import durable, tensors
 from dit.engine.engine import Engine
+from dit.engine.store import Store
 from dit.runtime import distributed, faults
 
 Position = dict[str, Any]
@@ -34,6 +36,7 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
         self._error: Exception | None = None
+        self._store = Store(run) if run.train.checkpoint_store and distributed.rank() == 0 else None
 
     def __enter__(self) -> "Saver":
         return self
@@ -47,12 +50,12 @@ class Saver:
     def check_space(self, engine: Engine) -> None:
         """Raise UserError on all ranks unless the disk has room for the checkpoints that the run will keep."""
         missing = self.train.keep_checkpoints + 1 - len(durable.published(self.root))
-        self._check_space(sum(view.nbytes for f in engine.owned() for view in f.views.values()), max(1, missing))
+        self._check_space(sum(view.nbytes for f in engine.owned() for view in f.views.values()), max(1, missing), UserError)
 
     def save(self, engine: Engine, position: Position) -> None:
         """Write a checkpoint of `engine`. Returns when it is copied, or with train.async_save off when it is published.
 
-        Raises UserError on all ranks, with nothing published, if this or the save before could not be written.
+        Raises StorageUnavailable on all ranks, with nothing published, if this or the save before could not be written.
         """
         self.finish()
         faults.point("save.begun")
@@ -73,6 +76,16 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is in the store of the run, if it has one. Raises StorageUnavailable, AccessDenied."""
+        if self.train.checkpoint_store:
+            distributed.on_first(lambda: self._store.settle() if self._store else None)
+
+    @property
+    def uploads_failed(self) -> int:
+        """How many checkpoints could not be uploaded; known to the first rank."""
+        return self._store.failed if self._store else 0
+
     def _copied(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Copies in host memory, in the same buffers each time."""
         if self._buffers.keys() != views.keys():
@@ -89,7 +102,7 @@ class Saver:
         staged = self.root / durable.staging_name(step)
         path = staged / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         try:
-            self._check_space(sum(view.nbytes for view in views.values()), 1)
+            self._check_space(sum(view.nbytes for view in views.values()), 1, StorageUnavailable)
             self._on_first(lambda: durable.stage(self.root, step))
             faults.point("save.staged")
             entries = self._together(lambda: tensors.write(path, views))
@@ -102,10 +115,13 @@ class Saver:
 
     def _publish(self, staged: Path, step: int, entries: list[durable.Entry], state: Mapping[str, Any]) -> None:
         path = staged / "state.json"
-        path.write_text(json.dumps(state, indent=1) + "\n")
+        with durable.naming(path):
+            path.write_text(json.dumps(state, indent=1) + "\n")
         durable.publish(staged, self.root, step, [*entries, durable.seal(path)])
         durable.retain(self.root, self.train.keep_checkpoints, newest_valid=step, every=self.train.keep_every_steps)
         faults.point("save.retained")
+        if self._store:
+            self._store.offer(step)
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """Do `action` on every rank and return what each got; if any rank cannot, raise on all instead of waiting for it for ever."""
@@ -115,7 +131,10 @@ class Saver:
             outcome = {"error": f"rank {distributed.rank()}: {error}"}
         outcomes = distributed.gather_json(outcome, self._group)
         if errors := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-            raise UserError(f"cannot write a checkpoint to {self.root}: {'; '.join(errors)}. Earlier ones are as they were; check `out`")
+            raise StorageUnavailable(
+                f"cannot write a checkpoint to {self.root}: {'; '.join(errors)}. Earlier ones are as they were; "
+                "mend the disk of `out`, then start the same command"
+            )
         return [outcome["got"] for outcome in outcomes]
 
     def _on_first(self, action: Callable[[], object]) -> None:
@@ -125,7 +144,7 @@ class Saver:
 
         self._together(once)
 
-    def _check_space(self, size: int, count: int) -> None:
+    def _check_space(self, size: int, count: int, refusal: type[UserError]) -> None:
         def facts_here() -> tuple[int, int]:
             self.root.mkdir(parents=True, exist_ok=True)
             return size, shutil.disk_usage(self.root).free
@@ -135,7 +154,7 @@ class Saver:
         if free < needed:
             sizes = f"{needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free"
             what = "a checkpoint needs" if count == 1 else f"{count} checkpoints need"
-            raise UserError(f"{self.root}: {what} {sizes}. Make room, lower train.keep_checkpoints, or change `out`")
+            raise refusal(f"{self.root}: {what} {sizes}. Make room, lower train.keep_checkpoints, or change `out`")
 
 
 def state_of(engine: Engine, position: Position) -> dict[str, Any]:
