@@ -20,7 +20,7 @@ from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
 from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
-from dit.models import build_backbone
+from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
@@ -71,11 +71,13 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
+    if run.engine.compile:
+        compile_blocks(network)
     student = equip(network, base.objective)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
     guided = guide(as_flow(base, place_frozen(teacher, run.engine)), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     objective = build_distillation(run.method, guided, base.objective.shift)
-    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
+    engine = Engine(student, run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
 
 

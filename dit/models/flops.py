@@ -63,7 +63,9 @@ MIXED_BYTES = {"fp32": 24, "bf16": 20}
 def activation_bytes(config: SpatioTemporalDiTConfig, tokens: int, precision: Literal["fp32", "bf16"], *, mixed: bool = False) -> int:
     """Bytes that a forward pass over a pack of `tokens` keeps for the backward pass, at its peak. An estimate: text is left out.
 
-    With checkpointing of activations every block keeps its input, and one block at a time the rest. Fused norms on a GPU keep less.
+    With checkpointing of activations every block keeps its input, and one block at a time the rest; selectively also what its six
+    projections of the width, its MLP and its two attentions give. Fused norms on a GPU keep less. bf16: layers that compute in fp32
+    keep such a copy of their weights.
     """
     d, c = config.hidden_size, 4 if precision == "fp32" else 2
     block = tokens * (d * (BLOCK_BYTES[precision] + mixed * MIXED_BYTES[precision]) + 2 * c * config.ffn_size)
@@ -73,6 +75,8 @@ def activation_bytes(config: SpatioTemporalDiTConfig, tokens: int, precision: Li
     match config.activation_checkpointing:
         case "none":
             return ends + config.depth * block
+        case "selective":
+            return ends + config.depth * tokens * c * (10 * d + config.ffn_size) + block
         case "full":
             return ends + config.depth * tokens * c * d + block
         case _:
