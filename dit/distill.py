@@ -32,11 +32,7 @@ def main(run: DistillRun) -> int:
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
-    if getattr(run.method, "derivative", None) == "forward" and base.objective.path.name != "rectified_flow":
-        raise UserError(
-            f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
-            "set method.derivative: difference"
-        )
+    check_teacher(run, trained)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
@@ -81,13 +77,35 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
     guided = guide(as_flow(base, place_frozen(teacher, run.engine)), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     objective = build_distillation(run.method, guided, base.objective.shift)
-    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
+    engine = Engine(student, run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
 
 
 def as_flow(base: TrainRun, network: nn.Module) -> Denoiser:
     """A network trained by the objective of `base`, on rectified flow: students live there, whatever their teacher's path."""
     return build_denoiser(base.objective, network, RECTIFIED_FLOW)
+
+
+def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
+    """Raise UserError if this teacher cannot be distilled so."""
+    method, base, guidance = run.method, trained.base, run.method.guidance
+    if getattr(method, "derivative", None) == "forward" and base.objective.path.name != "rectified_flow":
+        raise UserError(
+            f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
+            "set method.derivative: difference"
+        )
+    if guidance.scale == 1 or guidance.weak is not None:
+        return
+    if isinstance(trained.run, DistillRun):
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} is a student with guidance {trained.run.method.guidance} baked in: "
+            "set method.guidance: {s: 1}"
+        )
+    if base.objective.condition_dropout == 0:
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} was trained with objective.condition_dropout=0, "
+            "so it knows nothing to guide away from: set method.guidance: {s: 1}, or give a weaker model (method.guidance.weak)"
+        )
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:
