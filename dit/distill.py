@@ -6,7 +6,6 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
-from data_pipelines.errors import UserError
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun
 from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
@@ -31,11 +30,6 @@ def main(run: DistillRun) -> int:
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
-    if getattr(run.method, "derivative", None) == "forward" and base.objective.path.name != "rectified_flow":
-        raise UserError(
-            f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
-            "set method.derivative: difference"
-        )
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)

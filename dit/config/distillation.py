@@ -61,9 +61,9 @@ class ConsistencyConfig(_Flow):
 
 
 class _Derived(_Flow):
-    derivative: Literal["difference", "forward"] = "difference"
-    """How the student is differentiated along the flow: by a central difference, with any attention kernel and sharding, in fp32; or in
-    forward mode, exact in bf16 too, with plain attention, ZeRO up to stage 2 and teachers on rectified flow."""
+    derivative: Literal["forward", "difference"] = "forward"
+    """How the student is differentiated along the flow: in forward mode, exact in bf16 too; or by a central difference, which takes any
+    attention kernel and only fp32 resolves."""
     step: PositiveFloat = 1e-4
     """Half of the difference in t. Time is embedded at up to 1000 radians a unit: 1e-3 is off by 10 % and more."""
 

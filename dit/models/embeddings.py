@@ -92,14 +92,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (phases,) = ctx.saved_tensors
         return _Rotate.apply(gradient, phases.conj().resolve_conj()), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
-        (phases,) = ctx.saved_tensors
-        return _Rotate.apply(tangent, phases)
