@@ -1,15 +1,17 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
 from data_pipelines.packed import PackedLatents
-from dit.config import DistillRun
+from dit.config import DistillRun, TrainRun
+from dit.diagnosis import Diagnosis
 from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
-from dit.distillation import build_distillation, build_student_sampling, student_backbone, teacher_gap
+from dit.distillation import Distillation, build_distillation, build_student_sampling, student_backbone, teacher_gap
 from dit.drawing import Preview, guide
 from dit.engine import durable
 from dit.engine.checkpoint import resume
@@ -20,13 +22,10 @@ from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
 
-Gap = Callable[[nn.Module, Sequence[PackedLatents], Sequence[float]], Tensor]
-"""Squared distance of each sample to the teacher: network, packs, levels -> (levels, n)."""
-
 
 def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
-    distributed.init()
+    distributed.init(run.engine.sequence_parallel)
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
@@ -34,9 +33,16 @@ def main(run: DistillRun) -> int:
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
-    engine, losses_of, gap = compose(run, trained, encoders, stream)
+    engine, losses_of, objective = compose(run, trained, encoders, stream)
+    flow_of = partial(as_flow, base)
+
+    def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+        return teacher_gap(objective, flow_of(network), packs, levels)
+
     own = base.model_copy(update={"backbone": student_backbone(run.method, base.backbone)})
     sampling = build_student_sampling(run.method)
+    sizes = (data.token_budget, data.token_budget * data.packs_per_step)
+    is_judged = run.preview and run.diagnosis
     start = resume(engine, folder)
     steps = stream.steps(start)
     fit(
@@ -49,22 +55,16 @@ def main(run: DistillRun) -> int:
         leave_out=steps.leave_out,
         validate=stream.held_out(run.validation, gap) if run.validation else None,
         preview=Preview(run.preview, sampling, encoders, own, folder, RECTIFIED_FLOW) if run.preview else None,
+        judge=Diagnosis(run, own, encoders, folder, objective, flow_of, *sizes) if is_judged else None,
     )
     return 0
 
 
-def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf, Gap]:
-    """The engine with the teacher's weights, what it is trained on, and how far it is from its teacher. trained: the teacher's run."""
+def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf, Distillation]:
+    """The engine with the teacher's weights, what it is trained on, and the method with its teacher. trained: the teacher's run."""
     base = trained.base
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-
-    def flow_of(network: nn.Module) -> Denoiser:
-        return build_denoiser(base.objective, network, RECTIFIED_FLOW)  # students live there, whatever their teacher's path
-
-    def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
-        return teacher_gap(objective, flow_of(network), packs, levels)
-
-    guided = guide(flow_of(teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     objective = build_distillation(run.method, guided, base.objective.shift)
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
@@ -72,7 +72,12 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     student = equip(network, base.objective)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
-    return engine, lambda pack, progress: objective(flow_of(engine.module), stream.encode(pack), progress), gap
+    return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
+
+
+def as_flow(base: TrainRun, network: nn.Module) -> Denoiser:
+    """A network trained by the objective of `base`, on rectified flow: students live there, whatever their teacher's path."""
+    return build_denoiser(base.objective, network, RECTIFIED_FLOW)
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

@@ -15,6 +15,7 @@ from dit.distillation.flow import Distillation
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
 from dit.distillation.progressive import Progressive
+from dit.distillation.traits import step_calls, traits_of
 
 
 def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConfig | None) -> Distillation:
@@ -55,6 +56,8 @@ __all__ = [
     "Progressive",
     "build_distillation",
     "build_student_sampling",
+    "step_calls",
     "student_backbone",
     "teacher_gap",
+    "traits_of",
 ]
