@@ -1,7 +1,6 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -10,8 +9,8 @@ from data_pipelines.config_file import load_run
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
 from dit.diagnosis import Diagnosis
-from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
-from dit.distillation import Distillation, build_distillation, build_student_sampling, student_backbone, teacher_gap
+from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
+from dit.distillation import Distillation, build_distillation, build_student_sampling, student_backbone, takes_guidance, teacher_gap
 from dit.drawing import Preview, guide
 from dit.engine import durable
 from dit.engine.checkpoint import resume
@@ -34,7 +33,10 @@ def main(run: DistillRun) -> int:
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
     engine, losses_of, objective = compose(run, trained, encoders, stream)
-    flow_of = partial(as_flow, base)
+
+    def flow_of(network: nn.Module) -> Denoiser:
+        flow = as_flow(base, network)
+        return AtScale(flow, run.method.guidance.scale) if takes_guidance(run.method) else flow
 
     def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
         return teacher_gap(objective, flow_of(network), packs, levels)

@@ -50,6 +50,9 @@ class ConsistencyConfig(_Flow):
     """How the teacher steps from t to r."""
     solver_steps: PositiveInt = 1
     """Teacher steps between t and r."""
+    guidance_range: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] | None = None
+    """[low, high]: the student is told the scale s, drawn for each sample between these, instead of baking one in (Luo et al. 2023). It is
+    sampled at any s of the range, one call a step; `guidance` then says at which by default."""
     huber: Annotated[float, Field(ge=0)] = 0.0
     """Constant of the pseudo-Huber loss for unit-variance data, relative to sqrt(dimension); 0 is squared error."""
 
@@ -57,6 +60,18 @@ class ConsistencyConfig(_Flow):
     def _a_step_a_phase(self) -> Self:
         if self.phases not in (1, self.student_steps):
             raise ValueError(f"phases={self.phases} and student_steps={self.student_steps}: a student of phases takes one step in each")
+        return self
+
+    @model_validator(mode="after")
+    def _default_is_in_range(self) -> Self:
+        if self.guidance_range is None:
+            return self
+        low, high = self.guidance_range
+        if self.flow == "data" or not low < high or not low <= self.guidance.scale <= high or self.guidance.scale == 1:
+            raise ValueError(
+                f"guidance_range={[low, high]}, guidance {self.guidance}, flow={self.flow}: expected low < high, a default s > 1 between "
+                "them, and flow: teacher, for data cannot be guided"
+            )
         return self
 
 

@@ -34,18 +34,25 @@ def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConf
 
 
 def build_student_sampling(config: Method) -> SamplingConfig:
-    """How the student of a method is sampled; stored with it. Its guidance is baked in.
+    """How the student of a method is sampled; stored with it. Its guidance is baked in, or an input.
 
     A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps.
     """
     to_data = isinstance(config, ContinuousConsistencyConfig) or (isinstance(config, ConsistencyConfig) and config.phases == 1)
     sampler: Literal["consistency", "euler"] = "consistency" if to_data else "euler"
-    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=1.0))
+    scale = config.guidance.scale if takes_guidance(config) else 1.0
+    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=scale))
 
 
 def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
     """The backbone of the student: that of its teacher, with the inputs that its method needs."""
-    return teacher.model_copy(update={"jumps": True}) if isinstance(config, MeanFlowConfig) else teacher
+    inputs = {"jumps": isinstance(config, MeanFlowConfig), "guided": takes_guidance(config)}
+    return teacher.model_copy(update={name: True for name, needed in inputs.items() if needed})
+
+
+def takes_guidance(config: Method) -> bool:
+    """Whether its student is told the scale of guidance."""
+    return isinstance(config, ConsistencyConfig) and config.guidance_range is not None
 
 
 __all__ = [
@@ -58,6 +65,7 @@ __all__ = [
     "build_student_sampling",
     "step_calls",
     "student_backbone",
+    "takes_guidance",
     "teacher_gap",
     "traits_of",
 ]

@@ -31,15 +31,16 @@ class WideLinear(nn.Linear):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed t in [0, 1] (0 = data, 1 = noise): (R,) -> (R, D), at least float32."""
+    """Embed t in [0, 1] (0 = data, 1 = noise), or another scalar in `units` of its own: (R,) -> (R, D), at least float32."""
 
-    def __init__(self, frequency_size: int, hidden_size: int) -> None:
+    def __init__(self, frequency_size: int, hidden_size: int, units: int = TIME_UNITS) -> None:
         super().__init__()
+        self.units = units
         self.frequency_size = frequency_size
         self.mlp = nn.Sequential(WideLinear(frequency_size, hidden_size), nn.SiLU(), WideLinear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoids(at_least_float32(t) * TIME_UNITS, self.frequency_size))
+        return self.mlp(sinusoids(at_least_float32(t) * self.units, self.frequency_size))
 
 
 def sinusoids(x: Tensor, size: int) -> Tensor:

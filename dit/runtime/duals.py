@@ -27,6 +27,11 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.value, x.tangent) if isinstance(x, Dual) else (x, torch.zeros_like(x))
 
 
+def apply_linear(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function`, linear and row by row along the first axis, for which torch has no name: of a dual, value and tangent in one call."""
+    return Dual(*function(torch.stack([x.value, x.tangent], dim=1)).unbind(1)) if isinstance(x, Dual) else function(x)
+
+
 def _method(name: str) -> Callable[..., Any]:
     """A method of tensors, by its rule."""
     method = getattr(Tensor, name)
@@ -221,12 +226,10 @@ def _clamp(x: Tensor, y: Tensor, min: float = -math.inf, max: float = math.inf) 
     return ((x >= min) & (x <= max)).to(x)
 
 
-LINEAR = frozenset(
-    ("to", "float", "double", "contiguous", "getitem", "reshape", "view", "flatten", "unflatten", "transpose", "expand", "expand_as")
-    + ("unbind", "split", "chunk", "index_select", "pad", "sum", "mean", "view_as_complex", "view_as_real")
-)
+LINEAR = {"to", "float", "double", "contiguous", "pad", "sum", "mean", "repeat", "index_select", "view_as_complex", "view_as_real"}
+LINEAR |= {"getitem", "reshape", "view", "flatten", "unflatten", "transpose", "expand", "expand_as", "unbind", "split", "chunk"}
 """Linear in their first argument; the others are constants."""
-CONSTANT = frozenset(("zeros_like", "ones_like", "lt", "le", "gt", "ge", "eq", "floor", "dim"))
+CONSTANT = {"zeros_like", "ones_like", "lt", "le", "gt", "ge", "eq", "floor", "dim"}
 """Of no slope."""
 SLOPES: dict[str, Callable[..., Tensor]] = {
     "neg": lambda x, y: -torch.ones_like(x),
