@@ -8,18 +8,30 @@ from torch import Tensor, nn
 from data_pipelines.config_file import load_run
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
+from dit.config.distillation import MomentMatchingConfig
 from dit.diagnosis import Diagnosis
 from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
-from dit.distillation import Distillation, build_distillation, build_student_sampling, student_backbone, takes_guidance, teacher_gap
+from dit.distillation import (
+    Distillation,
+    Weight,
+    build_distillation,
+    build_student_sampling,
+    student_backbone,
+    takes_guidance,
+    teacher_gap,
+)
 from dit.drawing import Preview, guide
 from dit.engine import durable
-from dit.engine.checkpoint import resume
+from dit.engine.checkpoint import load_weights, resume
 from dit.engine.engine import Engine
 from dit.engine.loop import LossesOf, fit
 from dit.models import build_backbone
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
+
+EPSILON = 1e-8
+"""Of Adam, where its moments are a metric."""
 
 
 def main(run: DistillRun) -> int:
@@ -67,7 +79,7 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     base = trained.base
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
     guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
-    objective = build_distillation(run.method, guided, base.objective.shift)
+    objective = build_distillation(run.method, guided, base.objective.shift, weights_of(run, trained, teacher))
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
@@ -75,6 +87,14 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
+
+
+def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list[Weight]:
+    """Those of the teacher, with the second moments that Adam had of their gradients; none for methods that do not ask."""
+    if not isinstance(run.method, MomentMatchingConfig):
+        return []
+    moments = load_weights(trained.path, run.teacher.step, "exp_avg_sq")
+    return [Weight(value, 1 / (moments[name].to(value).sqrt() + EPSILON)) for name, value in teacher.named_parameters()]
 
 
 def as_flow(base: TrainRun, network: nn.Module) -> Denoiser:

@@ -75,6 +75,15 @@ class DistillRun(FitRun):
     """At previews: without `preview` there is none. null draws previews alone."""
 
     @model_validator(mode="after")
+    def _gradients_of_the_teacher_are_whole(self) -> Self:
+        if self.method.name == "moment_matching" and self.engine.sequence_parallel > 1:
+            raise ValueError(
+                f"method.name=moment_matching and engine.sequence_parallel={self.engine.sequence_parallel}: each rank must have the whole "
+                "gradient of the teacher; set engine.sequence_parallel: 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _differences_are_resolved(self) -> Self:
         if self.engine.precision == "bf16" and getattr(self.method, "derivative", None) == "difference":
             raise ValueError(

@@ -119,7 +119,14 @@ class ProgressiveConfig(_Method):
     (Meng et al. 2022, arXiv:2210.03142)."""
 
 
-Method = ConsistencyConfig | MeanFlowConfig | ContinuousConsistencyConfig | ProgressiveConfig
+class MomentMatchingConfig(_Method):
+    """A student of few noisy steps whose latents have the teacher's moments, as far as gradients of its weights tell them (Salimans et
+    al. 2024, arXiv:2406.04103, 4.2). Sampled by `ancestral` in `student_steps` steps. Wants large packs, of which it multiplies halves."""
+
+    name: Literal["moment_matching"]
+
+
+Method = ConsistencyConfig | MeanFlowConfig | ContinuousConsistencyConfig | ProgressiveConfig | MomentMatchingConfig
 MethodConfig = Annotated[Method, Field(discriminator="name")]
 
 

@@ -2,7 +2,14 @@
 
 from typing import NamedTuple, assert_never
 
-from dit.config.distillation import ConsistencyConfig, ContinuousConsistencyConfig, MeanFlowConfig, Method, ProgressiveConfig
+from dit.config.distillation import (
+    ConsistencyConfig,
+    ContinuousConsistencyConfig,
+    MeanFlowConfig,
+    Method,
+    MomentMatchingConfig,
+    ProgressiveConfig,
+)
 
 
 class Calls(NamedTuple):
@@ -42,6 +49,8 @@ def step_calls(config: Method) -> Calls:
             return Calls(1, 2, guided if config.flow == "teacher" else 0)
         case ProgressiveConfig():
             return Calls(1, 0, config.teacher_steps * guided)
+        case MomentMatchingConfig():  # once with its gradient, twice for a difference
+            return Calls(1, 0, 5 * guided)
         case _:
             assert_never(config)
 
@@ -55,5 +64,7 @@ def traits_of(config: Method) -> Traits:
             return Traits()
         case ProgressiveConfig():
             return Traits(any_steps=False, any_time=False)
+        case MomentMatchingConfig():
+            return Traits(any_steps=False, any_time=False, follows_flow=False)
         case _:
             assert_never(config)
