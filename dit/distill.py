@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
@@ -24,8 +25,9 @@ from dit.drawing import Preview, guide
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights, resume
 from dit.engine.engine import Engine
+from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
-from dit.models import build_backbone
+from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
@@ -77,14 +79,16 @@ def main(run: DistillRun) -> int:
 def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf, Distillation]:
     """The engine with the teacher's weights, what it is trained on, and the method with its teacher. trained: the teacher's run."""
     base = trained.base
-    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
-    objective = build_distillation(run.method, guided, base.objective.shift, weights_of(run, trained, teacher))
+    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, torch.device("cpu"))
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
+    if run.engine.compile:
+        compile_blocks(network)
     student = equip(network, base.objective)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
+    guided = guide(as_flow(base, place_frozen(teacher, run.engine)), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    objective = build_distillation(run.method, guided, base.objective.shift, weights_of(run, trained, teacher))
     engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
 

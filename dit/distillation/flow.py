@@ -70,7 +70,8 @@ def derivative(
 
     match how:
         case "forward":
-            return parts(moved(dual(t, torch.ones_like(t)), dual(x, velocity.to(x))))[1].to(velocity)
+            with torch.compiler.set_stance("force_eager"):  # a compiled block knows plain tensors alone
+                return parts(moved(dual(t, torch.ones_like(t)), dual(x, velocity.to(x))))[1].to(velocity)
         case "difference":
             upper, lower = (t + step).clamp(max=1), (t - step).clamp(min=0)
             after, before = (moved(level, x + on_tokens(level - t, cond, x) * velocity.to(x)) for level in (upper, lower))

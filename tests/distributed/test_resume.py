@@ -92,7 +92,9 @@ METHODS: dict[str, dict[str, object]] = {
     "moment_matching": {"name": "moment_matching"},
 }
 CASES = [(1, 1, "mean_flow"), (2, 1, "consistency"), (2, 3, "consistency")]
-SLOW_CASES = [pytest.param(2, 3, name, marks=pytest.mark.slow) for name in METHODS if name != "consistency"]
+SLOW_CASES = [
+    pytest.param(2, 2 if name == "moment_matching" else 3, name, marks=pytest.mark.slow) for name in METHODS if name != "consistency"
+]
 
 
 @pytest.mark.parametrize(("ranks", "stage", "method"), [*CASES, *SLOW_CASES])
@@ -129,6 +131,7 @@ def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Pa
     forks.run(verb, str(config("whole")), ranks=2).ok()
     moved = config("moved")
     for number, (ranks, stage) in enumerate(PLACES):
+        stage = min(stage, 2) if method == "moment_matching" else stage  # it needs a whole teacher
         values = yaml.safe_load(moved.read_text()) | {"engine": {"zero_stage": stage, "whole_below": 100}}
         moved.write_text(yaml.safe_dump(values))
         is_last = number == len(PLACES) - 1

@@ -96,6 +96,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "classes": {"num_classes": 4, "jumps": True},
     "learned_variance": {"learned_variance": True},
     "checkpointed": {"activation_checkpointing": "full", "jumps": True},
+    "selective": {"activation_checkpointing": "selective", "jumps": True},
 }
 
 
