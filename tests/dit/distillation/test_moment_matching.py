@@ -1,5 +1,6 @@
 """The exact student is where the moments match; the gradient leads there; a trained one draws better than its teacher."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,10 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning
 from dit.config import DistillRun
-from dit.diffusion.ground_truth import GaussianMixture, pack_of_points
+from dit.diffusion.ground_truth import GaussianMixture, pack_of_points, points
 from dit.diffusion.objectives import noised
 from dit.distillation import MomentMatching, Weight, build_distillation, build_student_sampling
-from tests.dit.distillation.toy_students import method
+from tests.dit.distillation.toy_students import Student, draw, method, pack, some, teach
 
 GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -0.2]]), torch.tensor([0.3]), torch.tensor([1.0]))
 
@@ -126,3 +127,44 @@ def test_students_are_sampled_with_noise_between_their_steps() -> None:
                     "engine": engine,
                 }
             )
+
+
+MIXTURE = GaussianMixture(
+    torch.tensor([[1.2, 0.3], [-0.8, 0.9], [-0.2, -1.2]]), torch.tensor([0.25, 0.15, 0.3]), torch.tensor([0.3, 0.3, 0.4])
+)
+
+
+def second_moments(network: Student) -> list[Tensor]:
+    """Of the gradients of a training step, as Adam would have them."""
+    moments = [torch.zeros_like(p) for p in network.parameters()]
+    for step in range(30):
+        latents, t = some(MIXTURE, 256, step), torch.rand(256, generator=torch.Generator().manual_seed(step))
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1000 + step))
+        error = network(torch.lerp(latents, noise, t[:, None]), t, points(256)) - (noise - latents)
+        gradients = torch.autograd.grad(error.square().mean(), [*network.parameters()], allow_unused=True)
+        for moment, gradient in zip(moments, gradients, strict=True):
+            moment.add_(0 if gradient is None else gradient.square() / 30)
+    return moments
+
+
+def energy(a: Tensor, b: Tensor) -> float:
+    return float(2 * torch.cdist(a, b).mean() - torch.cdist(a, a).mean() - torch.cdist(b, b).mean())
+
+
+@pytest.mark.slow
+def test_two_noisy_steps_draw_nearer_to_the_data_than_those_of_the_teacher() -> None:
+    """Within a tenth of its energy distance; 100 updates gave 0.008 against 0.183."""
+    torch.manual_seed(0)
+    teacher = teach(MIXTURE, Student(2, 48, 2), 300, 5e-3)
+    config, student = method(name="moment_matching", student_steps=2), copy.deepcopy(teacher)
+    fresh, before = MIXTURE.draw(4000, 99).float(), draw(teacher, config, 2, 2, count=4000)[1]
+    metrics = [1 / (moment.sqrt() + 1e-8) for moment in second_moments(teacher)]
+    matching = build_distillation(config, teacher, None, [Weight(*pair) for pair in zip(teacher.parameters(), metrics)])
+    optimizer = torch.optim.Adam(student.parameters(), 3e-3)
+    for step in range(100):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 - 2 * step / 100)
+        optimizer.zero_grad()
+        matching(student, pack(MIXTURE, 128, step), step / 100).per_sample.mean().backward()
+        optimizer.step()
+    after = draw(student, config, 2, 2, count=4000)[1]
+    assert energy(after, fresh) < 0.1 * energy(before, fresh)
