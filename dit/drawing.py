@@ -15,6 +15,7 @@ from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
+    AtScale,
     AutoGuidance,
     ClassifierFreeGuidance,
     Denoiser,
@@ -104,7 +105,10 @@ def to_videos(tokens: Tensor, cond: Conditioning, encoders: Encoders, patch: Gri
 
 
 def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:
-    """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker model."""
+    """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker
+    model; or as an input, if the model takes it."""
+    if base.backbone.guided:
+        return AtScale(denoiser, guidance.scale)
     if guidance.scale == 1:
         return denoiser
     guided: Denoiser
