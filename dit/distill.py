@@ -1,7 +1,6 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,12 +10,21 @@ from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
+from dit.config.distillation import MomentMatchingConfig
 from dit.diagnosis import Diagnosis
-from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
-from dit.distillation import Distillation, build_distillation, build_student_sampling, student_backbone, teacher_gap
+from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
+from dit.distillation import (
+    Distillation,
+    Weight,
+    build_distillation,
+    build_student_sampling,
+    student_backbone,
+    takes_guidance,
+    teacher_gap,
+)
 from dit.drawing import Preview, guide
 from dit.engine import durable
-from dit.engine.checkpoint import resume
+from dit.engine.checkpoint import load_weights, resume
 from dit.engine.engine import Engine
 from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
@@ -25,6 +33,9 @@ from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
 
+EPSILON = 1e-8
+"""Of Adam, where its moments are a metric."""
+
 
 def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
@@ -32,17 +43,16 @@ def main(run: DistillRun) -> int:
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
-    if getattr(run.method, "derivative", None) == "forward" and base.objective.path.name != "rectified_flow":
-        raise UserError(
-            f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
-            "set method.derivative: difference"
-        )
+    check_teacher(run, trained)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
     engine, losses_of, objective = compose(run, trained, encoders, stream)
-    flow_of = partial(as_flow, base)
+
+    def flow_of(network: nn.Module) -> Denoiser:
+        flow = as_flow(base, network)
+        return AtScale(flow, run.method.guidance.scale) if takes_guidance(run.method) else flow
 
     def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
         return teacher_gap(objective, flow_of(network), packs, levels)
@@ -79,15 +89,42 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
         compile_blocks(network)
     student = equip(network, base.objective)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-    guided = guide(as_flow(base, place_frozen(teacher, run.engine)), encoders, base, run.method.guidance, RECTIFIED_FLOW)
-    objective = build_distillation(run.method, guided, base.objective.shift)
-    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
+    is_differentiated = isinstance(run.method, MomentMatchingConfig)  # by its weights: it stays whole, in fp32
+    teacher = teacher.to(distributed.device()) if is_differentiated else place_frozen(teacher, run.engine)
+    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    objective = build_distillation(run.method, guided, base.objective.shift, weights_of(run, trained, teacher))
+    engine = Engine(student, run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
+
+
+def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list[Weight]:
+    """Those of the teacher, with the second moments that Adam had of their gradients; none for methods that do not ask."""
+    if not isinstance(run.method, MomentMatchingConfig):
+        return []
+    moments = load_weights(trained.path, run.teacher.step, "exp_avg_sq")
+    return [Weight(value, 1 / (moments[name].to(value).sqrt() + EPSILON)) for name, value in teacher.named_parameters()]
 
 
 def as_flow(base: TrainRun, network: nn.Module) -> Denoiser:
     """A network trained by the objective of `base`, on rectified flow: students live there, whatever their teacher's path."""
     return build_denoiser(base.objective, network, RECTIFIED_FLOW)
+
+
+def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
+    """Raise UserError if this teacher cannot be distilled so."""
+    base, guidance = trained.base, run.method.guidance
+    if guidance.scale == 1 or guidance.weak is not None:
+        return
+    if isinstance(trained.run, DistillRun):
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} is a student with guidance {trained.run.method.guidance} baked in: "
+            "set method.guidance: {s: 1}"
+        )
+    if base.objective.condition_dropout == 0:
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} was trained with objective.condition_dropout=0, "
+            "so it knows nothing to guide away from: set method.guidance: {s: 1}, or give a weaker model (method.guidance.weak)"
+        )
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

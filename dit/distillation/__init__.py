@@ -3,10 +3,18 @@
 A new method is a file here, a class in `dit/config/distillation.py` and a `case` in `build_distillation`.
 """
 
+from collections.abc import Sequence
 from typing import Literal, assert_never
 
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import ConsistencyConfig, ContinuousConsistencyConfig, MeanFlowConfig, Method, ProgressiveConfig
+from dit.config.distillation import (
+    ConsistencyConfig,
+    ContinuousConsistencyConfig,
+    MeanFlowConfig,
+    Method,
+    MomentMatchingConfig,
+    ProgressiveConfig,
+)
 from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import Denoiser
 from dit.distillation.consistency import ConsistencyDistillation
@@ -14,12 +22,16 @@ from dit.distillation.continuous_consistency import ContinuousConsistency
 from dit.distillation.flow import Distillation
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
+from dit.distillation.moment_matching import MomentMatching, Weight
 from dit.distillation.progressive import Progressive
 from dit.distillation.traits import step_calls, traits_of
 
 
-def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConfig | None) -> Distillation:
-    """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training."""
+def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConfig | None, weights: Sequence[Weight] = ()) -> Distillation:
+    """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training.
+
+    weights: of the teacher's network, for methods that differentiate it by them.
+    """
     match config:
         case ConsistencyConfig():
             return ConsistencyDistillation(config, teacher, token_shift)
@@ -29,23 +41,35 @@ def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConf
             return ContinuousConsistency(config, teacher, token_shift)
         case ProgressiveConfig():
             return Progressive(config, teacher, token_shift)
+        case MomentMatchingConfig():
+            return MomentMatching(config, teacher, token_shift, weights)
         case _:
             assert_never(config)
 
 
 def build_student_sampling(config: Method) -> SamplingConfig:
-    """How the student of a method is sampled; stored with it. Its guidance is baked in.
+    """How the student of a method is sampled; stored with it. Its guidance is baked in, or an input.
 
-    A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps.
+    A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps; one
+    that predicts the data as a teacher does, ancestral ones.
     """
     to_data = isinstance(config, ContinuousConsistencyConfig) or (isinstance(config, ConsistencyConfig) and config.phases == 1)
-    sampler: Literal["consistency", "euler"] = "consistency" if to_data else "euler"
-    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=1.0))
+    sampler: Literal["consistency", "euler", "ancestral"] = "consistency" if to_data else "euler"
+    if isinstance(config, MomentMatchingConfig):
+        sampler = "ancestral"
+    scale = config.guidance.scale if takes_guidance(config) else 1.0
+    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=scale))
 
 
 def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
     """The backbone of the student: that of its teacher, with the inputs that its method needs."""
-    return teacher.model_copy(update={"jumps": True}) if isinstance(config, MeanFlowConfig) else teacher
+    inputs = {"jumps": isinstance(config, MeanFlowConfig), "guided": takes_guidance(config)}
+    return teacher.model_copy(update={name: True for name, needed in inputs.items() if needed})
+
+
+def takes_guidance(config: Method) -> bool:
+    """Whether its student is told the scale of guidance."""
+    return isinstance(config, ConsistencyConfig) and config.guidance_range is not None
 
 
 __all__ = [
@@ -53,11 +77,14 @@ __all__ = [
     "ContinuousConsistency",
     "Distillation",
     "MeanFlow",
+    "MomentMatching",
     "Progressive",
+    "Weight",
     "build_distillation",
     "build_student_sampling",
     "step_calls",
     "student_backbone",
+    "takes_guidance",
     "teacher_gap",
     "traits_of",
 ]

@@ -2,12 +2,19 @@
 
 from typing import NamedTuple, assert_never
 
-from dit.config.distillation import ConsistencyConfig, ContinuousConsistencyConfig, MeanFlowConfig, Method, ProgressiveConfig
+from dit.config.distillation import (
+    ConsistencyConfig,
+    ContinuousConsistencyConfig,
+    MeanFlowConfig,
+    Method,
+    MomentMatchingConfig,
+    ProgressiveConfig,
+)
 
 
 class Calls(NamedTuple):
     """Calls of a network for each sample of a step. trained: forward and backward passes of the student. plain: its forward passes without
-    gradient. teacher: forward passes of the teacher, guided ones counting two."""
+    gradient, one on dual numbers counting two. teacher: forward passes of the teacher, guided ones counting two."""
 
     trained: int
     plain: int
@@ -33,15 +40,17 @@ class Traits(NamedTuple):
 
 def step_calls(config: Method) -> Calls:
     """What a step of the method costs, whatever the size of its networks."""
-    guided = 1 if config.guidance.scale == 1 else 2
+    guided = 1 if config.guidance.scale == 1 else 2  # null and conditional branch
     match config:
         case ConsistencyConfig():
             steps = config.solver_steps * (2 if config.solver == "heun" else 1) if config.flow == "teacher" else 0
             return Calls(1, 1, steps * guided)
         case MeanFlowConfig() | ContinuousConsistencyConfig():
-            return Calls(1, 2 if config.derivative == "difference" else 1, guided if config.flow == "teacher" else 0)
+            return Calls(1, 2, guided if config.flow == "teacher" else 0)
         case ProgressiveConfig():
             return Calls(1, 0, config.teacher_steps * guided)
+        case MomentMatchingConfig():  # once with its gradient, twice for a difference
+            return Calls(1, 0, 5 * guided)
         case _:
             assert_never(config)
 
@@ -55,5 +64,7 @@ def traits_of(config: Method) -> Traits:
             return Traits()
         case ProgressiveConfig():
             return Traits(any_steps=False, any_time=False)
+        case MomentMatchingConfig():
+            return Traits(any_steps=False, any_time=False, follows_flow=False)
         case _:
             assert_never(config)

@@ -83,11 +83,25 @@ PREVIEW = {"prompts": ["a large red disc", "a small blue cross"], "size": [9, 32
 DIAGNOSIS = {"noises": 2, "steps": [1], "teacher_steps": 4, "share": 9}
 
 
-@pytest.mark.parametrize(("ranks", "stage", "method"), [(1, 1, "mean_flow"), (2, 1, "consistency"), (2, 3, "consistency")])
+METHODS: dict[str, dict[str, object]] = {
+    "consistency": {"name": "consistency"},
+    "guided": {"name": "consistency", "guidance_range": [1.0, 3.0]},
+    "mean_flow": {"name": "mean_flow"},
+    "continuous_consistency": {"name": "continuous_consistency"},
+    "progressive": {"name": "progressive"},
+    "moment_matching": {"name": "moment_matching"},
+}
+CASES = [(1, 1, "mean_flow"), (2, 1, "consistency"), (2, 3, "consistency")]
+SLOW_CASES = [
+    pytest.param(2, 2 if name == "moment_matching" else 3, name, marks=pytest.mark.slow) for name in METHODS if name != "consistency"
+]
+
+
+@pytest.mark.parametrize(("ranks", "stage", "method"), [*CASES, *SLOW_CASES])
 def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int, stage: int, method: str) -> None:
     """With what is said of the student on the way, which depends on its weights alone."""
     told = {"preview": PREVIEW, "diagnosis": DIAGNOSIS, "engine": {"zero_stage": stage, "whole_below": 100}}
-    options = {**LENGTH, **told, "method": {"name": method, "guidance": {"s": 2.0}}}
+    options = {**LENGTH, **told, "method": {**METHODS[method], "guidance": {"s": 2.0}}}
     whole, cut = (distill_config(tmp_path / f"{name}.yaml", teacher, **options) for name in ("whole", "cut"))
     forks.run("distill", str(whole), ranks=ranks).ok()
     killed_and_resumed(forks, "distill", cut, ranks)
@@ -102,15 +116,22 @@ PLACES = ((2, 1), (4, 3), (1, 2), (2, 0))
 """World size and ZeRO stage before each kill."""
 
 
-@pytest.mark.parametrize("verb", ["train", "distill"])
-def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Path, latents: Path, teacher: Path, verb: str) -> None:
+@pytest.mark.parametrize(
+    "method", ["", "consistency", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "consistency")]
+)
+def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Path, latents: Path, teacher: Path, method: str) -> None:
+    verb = "distill" if method else "train"
+
     def config(name: str) -> Path:
         path = tmp_path / f"{name}.yaml"
-        return train_config(path, latents, **LENGTH) if verb == "train" else distill_config(path, teacher, **LENGTH)
+        if not method:
+            return train_config(path, latents, **LENGTH)
+        return distill_config(path, teacher, method={**METHODS[method], "guidance": {"s": 2.0}}, **LENGTH)
 
     forks.run(verb, str(config("whole")), ranks=2).ok()
     moved = config("moved")
     for number, (ranks, stage) in enumerate(PLACES):
+        stage = min(stage, 2) if method == "moment_matching" else stage  # it needs a whole teacher
         values = yaml.safe_load(moved.read_text()) | {"engine": {"zero_stage": stage, "whole_below": 100}}
         moved.write_text(yaml.safe_dump(values))
         is_last = number == len(PLACES) - 1
