@@ -100,7 +100,7 @@ def test_a_worker_that_dies_is_replaced_and_its_sample_is_a_hole(stuck):
 
 def in_order(work, tasks, processes, mend, begin=None):
     return InOrder(
-        lambda _: work, tasks, processes, lambda task, result: (task, result), mend, preload="data_pipelines.parcels", begin=begin
+        lambda _: work, tasks, processes, 2, lambda task, result: (task, result), mend, preload="data_pipelines.parcels", begin=begin
     )
 
 
