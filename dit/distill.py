@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
+from data_pipelines.errors import UserError
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
 from dit.config.distillation import MomentMatchingConfig
@@ -42,6 +43,7 @@ def main(run: DistillRun) -> int:
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
+    check_teacher(run, trained)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
@@ -87,9 +89,11 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
         compile_blocks(network)
     student = equip(network, base.objective)
     student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-    guided = guide(as_flow(base, place_frozen(teacher, run.engine)), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    is_differentiated = isinstance(run.method, MomentMatchingConfig)  # by its weights: it stays whole, in fp32
+    teacher = teacher.to(distributed.device()) if is_differentiated else place_frozen(teacher, run.engine)
+    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     objective = build_distillation(run.method, guided, base.objective.shift, weights_of(run, trained, teacher))
-    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
+    engine = Engine(student, run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
 
 
@@ -104,6 +108,23 @@ def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list
 def as_flow(base: TrainRun, network: nn.Module) -> Denoiser:
     """A network trained by the objective of `base`, on rectified flow: students live there, whatever their teacher's path."""
     return build_denoiser(base.objective, network, RECTIFIED_FLOW)
+
+
+def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
+    """Raise UserError if this teacher cannot be distilled so."""
+    base, guidance = trained.base, run.method.guidance
+    if guidance.scale == 1 or guidance.weak is not None:
+        return
+    if isinstance(trained.run, DistillRun):
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} is a student with guidance {trained.run.method.guidance} baked in: "
+            "set method.guidance: {s: 1}"
+        )
+    if base.objective.condition_dropout == 0:
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} was trained with objective.condition_dropout=0, "
+            "so it knows nothing to guide away from: set method.guidance: {s: 1}, or give a weaker model (method.guidance.weak)"
+        )
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

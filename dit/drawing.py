@@ -73,7 +73,7 @@ def draw(
         network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
         plain = build_denoiser(base.objective, network, path)
         guided = guide(plain, encoders, base, sampling.guidance, on)
-        times = levels(sampling, k, on, trained).to(device)
+        times = visited(base, denoiser, sampling, grid, path).to(device)
         match edit.config:
             case SDEdit(strength=strength):
                 tokens = vary(guided, given.latents, cond, keys, times, sampling, on, strength)
@@ -88,6 +88,13 @@ def draw(
                 assert_never(edit.config)
     drawn = to_videos(tokens, cond, encoders, patch)
     return drawn if edit is None else edit.paste(drawn)
+
+
+def visited(base: TrainRun, network: Denoiser, sampling: SamplingConfig, grid: Grid, path: Path | None) -> Tensor:
+    """The levels (steps + 1,) that the sampler visits for samples of `grid` tokens. path: as for `draw`."""
+    k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
+    trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
+    return levels(sampling, k, path or path_of(base.objective, network), trained)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Few-step students: one class a method."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -132,10 +133,22 @@ MethodConfig = Annotated[Method, Field(discriminator="name")]
 
 class TeacherConfig(Section):
     run: str
-    """Run directory of the teacher, a training or a distillation; its config, data and encoders are reused."""
+    """Run directory of the teacher, a training or a distillation; its config, data and encoders are reused. Or one of its checkpoints:
+    RUN/checkpoints/step-00000500."""
     step: PositiveInt | None = None
     """Which checkpoint; None for the newest valid one."""
     weights: Literal["ema", "model"] = "ema"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoint_is_a_run_and_a_step(cls, values: object) -> object:
+        found = re.fullmatch(r"(.+)/checkpoints/step-0*(\d+)/?", str(values.get("run"))) if isinstance(values, dict) else None
+        if not isinstance(values, dict) or found is None:
+            return values
+        run, step = found[1], int(found[2])
+        if values.get("step") not in (None, step):
+            raise ValueError(f"run names the checkpoint of step {step}, and step is {values['step']}: give one of them")
+        return values | {"run": run, "step": step}
 
 
 class DiagnosisConfig(Section):

@@ -44,7 +44,8 @@ class Outcome(NamedTuple):
 class Engine:
     """A module with its optimizer, its averaged weights and its place in the run.
 
-    module: call it directly. step: steps of the run so far, `skipped` of them without effect. samples_seen: samples of those steps.
+    module: whole, on any device; call it directly. step: steps of the run so far, `skipped` of them without effect. samples_seen: samples
+    of those steps.
     """
 
     def __init__(self, module: nn.Module, run: FitRun, accumulation: int) -> None:
@@ -61,6 +62,9 @@ class Engine:
         self._step_samples = 0
         self._optimizer = AdamWithEMA(parameter_groups(module, run.optimizer.weight_decay), run.optimizer, run.ema)
         exact = {name: parameter.detach().float().flatten() for name, parameter in module.named_parameters()}
+        if run.engine.precision == "bf16":
+            module.bfloat16()  # before it moves, so that no device has to hold all of it in float32
+        module.to(distributed.device())
         is_sharded = run.engine.offload != "none" or (run.engine.zero_stage > 0 and distributed.world_size() > 1)
         self._shards = (ZeroShards if is_sharded else Replicas)(module, self._optimizer, run, accumulation)  # one rank has nothing to shard
         self._optimizer.reset(self._shards.masters)

@@ -71,7 +71,8 @@ def activation_bytes(config: SpatioTemporalDiTConfig, tokens: int, precision: Li
     d, c = config.hidden_size, 4 if precision == "fp32" else 2
     block = tokens * (d * (BLOCK_BYTES[precision] + mixed * MIXED_BYTES[precision]) + 2 * c * config.ffn_size)
     wide = d * (config.frequency_size + d) + d * d * (6 if config.modulation == "shared" else 6 * config.depth + 2)
-    ends = tokens * d * (4 * c + 5 * mixed) + (4 * wide if precision == "bf16" else 0)
+    copies = 4 * wide if precision == "bf16" else 0  # layers that compute in fp32 keep their weights so
+    ends = tokens * d * (4 * c + 5 * mixed) + copies
     match config.activation_checkpointing:
         case "none":
             return ends + config.depth * block

@@ -55,8 +55,8 @@ def test_a_mean_flow_student_is_validated_and_hands_on_to_a_progressive_one(
     values = {"contestants": contestants, "prompts": ["a large red disc"], "size": [9, 32, 32], "out": str(tmp_path / "drawn")}
     (tmp_path / "sample.yaml").write_text(json.dumps(values))
     said = forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
-    for run, steps in (("first", 3), ("second", 2), ("first", 1)):
-        assert f"{tmp_path / run}: euler sampler, {steps} steps, guidance s=1 (w=0)" in said
+    for run, steps, times in (("first", 3, "1, 0.667, 0.333"), ("second", 2, "1, 0.5"), ("first", 1, "1")):
+        assert f"{tmp_path / run}: euler sampler, {steps} steps, guidance s=1 (w=0), from t = {times}\n" in said
     assert np.asarray(Image.open(tmp_path / "drawn" / "contact_sheet.png").convert("RGB")).std() > 2
 
 
