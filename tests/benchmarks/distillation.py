@@ -29,7 +29,7 @@ from dit.models import build_backbone
 from dit.models.flops import forward_flops
 from dit.runtime import distributed
 
-TURNS = 7
+TURNS = 5
 CHANNELS, TEXT_WIDTH, TEXT = 16, 64, 16
 METHODS: dict[str, dict[str, Any]] = {
     "consistency, euler": {"name": "consistency", "solver": "euler"},

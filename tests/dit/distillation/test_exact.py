@@ -148,6 +148,14 @@ def test_the_derivative_of_a_student_of_any_teacher_is_the_same_by_differences_a
     assert 3.5 < errors[1] / errors[2] < 4.5
 
 
+def test_compiled_blocks_are_differentiated_as_they_are() -> None:
+    network, x, t, velocity, cond = small_dit()
+    truth = derivative(network, x, t, velocity, cond, "forward", 0.0)
+    for block in network.blocks:
+        block.compile()
+    assert torch.equal(derivative(network, x, t, velocity, cond, "forward", 0.0), truth)
+
+
 def test_a_difference_is_one_sided_at_the_ends_of_time() -> None:
     seen: list[Tensor] = []
 
