@@ -1,24 +1,40 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
+from data_pipelines.loader import RawPack
 from data_pipelines.packed import PackedLatents
-from dit.config import DistillRun
+from dit.config import DistillRun, TrainRun
+from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, ScoreRegularisedConfig
 from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
-from dit.distillation import build_distillation, build_student_sampling, student_backbone, teacher_gap
+from dit.distillation import (
+    build_distillation,
+    build_student_sampling,
+    heads_of,
+    judge_of,
+    objective_at,
+    student_backbone,
+    student_of,
+    teacher_gap,
+    turn_of,
+    with_critic,
+)
 from dit.drawing import Preview, guide
 from dit.engine import durable
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
 from dit.engine.loop import LossesOf, fit
+from dit.engine.turns import Turns
 from dit.models import build_backbone
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
+from dit.runtime.losses import Losses
 from dit.stream import Stream, left_out
 
 Gap = Callable[[nn.Module, Sequence[PackedLatents], Sequence[float]], Tensor]
@@ -36,13 +52,14 @@ def main(run: DistillRun) -> int:
             f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
             "set method.derivative: difference"
         )
+    check_heads(run, base)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
     engine, losses_of, gap = compose(run, trained, encoders, stream)
     own = base.model_copy(update={"backbone": student_backbone(run.method, base.backbone)})
-    sampling = build_student_sampling(run.method)
+    preview = Preview(run.preview, build_student_sampling(run.method), encoders, own, folder, RECTIFIED_FLOW) if run.preview else None
     start = resume(engine, folder)
     steps = stream.steps(start)
     fit(
@@ -54,7 +71,7 @@ def main(run: DistillRun) -> int:
         left_out=left_out(start),
         leave_out=steps.leave_out,
         validate=stream.held_out(run.validation, gap) if run.validation else None,
-        preview=Preview(run.preview, sampling, encoders, own, folder, RECTIFIED_FLOW) if run.preview else None,
+        preview=(lambda module, step: preview(student_of(module), step)) if preview else None,
     )
     return 0
 
@@ -64,21 +81,46 @@ def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: St
     base = trained.base
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
 
-    def flow_of(network: nn.Module) -> Denoiser:
+    def flow_of(network: Denoiser) -> Denoiser:
         return build_denoiser(base.objective, network, RECTIFIED_FLOW)  # students live there, whatever their teacher's path
 
     def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
-        return teacher_gap(objective, flow_of(network), packs, levels)
+        return teacher_gap(method, flow_of(student_of(network)), packs, levels)
 
     guided = guide(flow_of(teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
-    objective = build_distillation(run.method, guided, base.objective.shift)
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
-    student = equip(network, base.objective)
-    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-    engine = Engine(student.to(distributed.device()), run, stream.packs_per_rank)
-    return engine, lambda pack, progress: objective(flow_of(engine.module), stream.encode(pack), progress), gap
+        student = equip(network, base.objective)
+        student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
+        module = with_critic(run.method, student, teacher, config.hidden_size).to(distributed.device())
+    critic, judge = flow_of(partial(module, "critic")), judge_of(run.method, module, teacher)
+    method = build_distillation(run.method, guided, base.objective.shift, critic, judge)
+    engine = Engine(module, run, stream.packs_per_rank, turns_of(run))
+
+    def losses_of(pack: RawPack, progress: float) -> Losses:
+        return objective_at(method, engine.step)(flow_of(student_of(module)), stream.encode(pack), progress)
+
+    return engine, losses_of, gap
+
+
+def turns_of(run: DistillRun) -> Turns | None:
+    """Whose turn each step is, if the method trains a critic beside the student."""
+    if not isinstance(run.method, DistributionMatchingConfig | ScoreRegularisedConfig | AdversarialConfig):
+        return None
+    critic = run.method.critic
+    return Turns({"student": run.optimizer, "critic": critic.optimizer}, lambda step: turn_of(step, critic.steps).network)
+
+
+def check_heads(run: DistillRun, base: TrainRun) -> None:
+    """Raise UserError unless the heads of `run`, if it has any, can see tokens of its teacher."""
+    heads = heads_of(run.method)
+    if heads is None:
+        return
+    if max(heads.blocks) >= base.backbone.depth:
+        raise UserError(f"method.critic: heads on block {max(heads.blocks)}, but the teacher's blocks are 0 to {base.backbone.depth - 1}")
+    if base.objective.path.name != "rectified_flow":
+        raise UserError(f"method.critic: heads need a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}")
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

@@ -39,7 +39,14 @@ from dit.runtime import distributed
 log = logging.getLogger(__name__)
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
-FREE_KEYS = ("data.num_workers", "data.max_bad_fraction", "data.sample_seconds", "data.worker_gib", "data.cache")
+FREE_KEYS = (
+    "data.num_workers",
+    "data.max_bad_fraction",
+    "data.sample_seconds",
+    "data.worker_gib",
+    "data.cache",
+    "method.critic.optimizer",
+)
 
 
 @dataclass(frozen=True)

@@ -6,20 +6,47 @@ A new method is a file here, a class in `dit/config/distillation.py` and a `case
 from typing import Literal, assert_never
 
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import ConsistencyConfig, ContinuousConsistencyConfig, MeanFlowConfig, Method, ProgressiveConfig
+from dit.config.distillation import (
+    AdversarialConfig,
+    ConsistencyConfig,
+    ContinuousConsistencyConfig,
+    DistributionMatchingConfig,
+    MeanFlowConfig,
+    Method,
+    ProgressiveConfig,
+    ScoreRegularisedConfig,
+)
 from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import Denoiser
+from dit.distillation.adversarial import Adversarial
 from dit.distillation.consistency import ConsistencyDistillation
 from dit.distillation.continuous_consistency import ContinuousConsistency
-from dit.distillation.flow import Distillation
+from dit.distillation.distribution_matching import DistributionMatching, ScoreRegularised
+from dit.distillation.flow import Alternating, Distillation, Objective
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
+from dit.distillation.networks import Judge, heads_of, judge_of, student_of, turn_of, with_critic
 from dit.distillation.progressive import Progressive
 
 
-def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConfig | None) -> Distillation:
-    """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training."""
+def build_distillation(
+    config: Method, teacher: Denoiser, token_shift: ShiftConfig | None, critic: Denoiser | None = None, judge: Judge | None = None
+) -> Distillation | Alternating:
+    """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training.
+
+    critic, judge: what trains beside the student, for methods that have it.
+    """
     match config:
+        case DistributionMatchingConfig():
+            assert critic is not None
+            return DistributionMatching(config.critic, config.student_steps, teacher, critic, judge, token_shift)
+        case ScoreRegularisedConfig():
+            assert critic is not None
+            matching = DistributionMatching(config.critic, config.student_steps, teacher, critic, judge, token_shift)
+            return ScoreRegularised(config, ContinuousConsistency(config, teacher, token_shift), matching)
+        case AdversarialConfig():
+            assert judge is not None
+            return Adversarial(config, teacher, judge, token_shift)
         case ConsistencyConfig():
             return ConsistencyDistillation(config, teacher, token_shift)
         case MeanFlowConfig():
@@ -32,12 +59,18 @@ def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConf
             assert_never(config)
 
 
+def objective_at(method: Distillation | Alternating, step: int) -> Objective:
+    """What step number `step` of a run trains on."""
+    return method.at(step) if isinstance(method, Alternating) else method
+
+
 def build_student_sampling(config: Method) -> SamplingConfig:
     """How the student of a method is sampled; stored with it. Its guidance is baked in.
 
     A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps.
     """
-    to_data = isinstance(config, ContinuousConsistencyConfig) or (isinstance(config, ConsistencyConfig) and config.phases == 1)
+    steps_down = (MeanFlowConfig, ProgressiveConfig)
+    to_data = not isinstance(config, steps_down) and not (isinstance(config, ConsistencyConfig) and config.phases > 1)
     sampler: Literal["consistency", "euler"] = "consistency" if to_data else "euler"
     return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=1.0))
 
@@ -48,13 +81,22 @@ def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> Spatio
 
 
 __all__ = [
+    "Adversarial",
     "ConsistencyDistillation",
     "ContinuousConsistency",
     "Distillation",
+    "DistributionMatching",
     "MeanFlow",
     "Progressive",
+    "ScoreRegularised",
     "build_distillation",
     "build_student_sampling",
+    "heads_of",
+    "judge_of",
+    "objective_at",
     "student_backbone",
+    "student_of",
     "teacher_gap",
+    "turn_of",
+    "with_critic",
 ]

@@ -105,7 +105,7 @@ def fit(
             outcome = engine.optimizer_step(totals.loss)
 
             loss = totals.loss
-            progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
+            progress.add(outcome.network, loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
             _record(records, progress, engine, totals, outcome, validate(engine.module) if validate and is_due else None)
             if outcome.verdict.action != "take":
@@ -212,6 +212,8 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
         "ids_hash": totals.ids_hash,
         "bad": totals.bad,
     }
+    if outcome.network:
+        line["network"] = outcome.network
     if outcome.verdict.action != "take":
         line["guard"] = outcome.verdict.action
     if losses:
@@ -221,10 +223,12 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
         if records.is_writer:
             log.info("held-out loss %.4g: %s", cells["all"]["loss"], held_out.in_words(cells["all"]))
     records.step(line)
+    bins = {f"loss_t/{name}": value for name, value in totals.bins.items()}
+    folder = f"train/{outcome.network}" if outcome.network else "train"
+    progress.curves |= {f"{folder}/{name}": value for name, value in {**measured, **bins}.items()}
     if not progress.is_due(engine.step):
         return
-    bins = {f"train/loss_t/{name}": value for name, value in totals.bins.items()}
-    records.scalars({**{f"train/{name}": value for name, value in measured.items()}, **bins, **progress.rates()}, engine.step)
+    records.scalars({**progress.curves, **progress.rates()}, engine.step)
     records.status("running", engine.step, samples_seen=engine.samples_seen)
     if records.is_writer:
         progress.show(engine.step, engine.samples_seen, outcome.grad_norm, engine.lr)

@@ -143,7 +143,7 @@ def state_of(engine: Engine, position: Position) -> dict[str, Any]:
     return {
         "format": durable.FORMAT,
         "step": engine.step,
-        "skipped": engine.skipped,
+        "taken": engine.taken,
         "samples_seen": engine.samples_seen,
         "position": position,
         "guard": engine.guard.state(),
