@@ -105,7 +105,7 @@ def fit(
             outcome = engine.optimizer_step(totals.loss)
 
             loss = totals.loss
-            progress.add(outcome.network, loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
+            progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops, outcome.network)
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
             _record(records, progress, engine, totals, outcome, validate(engine.module) if validate and is_due else None)
             if outcome.verdict.action != "take":

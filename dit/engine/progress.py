@@ -50,8 +50,8 @@ class Progress:
         self.steps = self.samples = 0
         self.seconds = self.data_seconds = self.flops = 0.0
 
-    def add(self, network: str, loss: float, samples: int, seconds: float, data_seconds: float, flops: float) -> None:
-        """Count one step of `network`, "" for the only one, of `samples` that took `seconds`, of them `data_seconds` waiting for data, and `flops` on all devices."""
+    def add(self, loss: float, samples: int, seconds: float, data_seconds: float, flops: float, network: str = "") -> None:
+        """Count one step, of the network in turn: `samples`, `seconds`, of them `data_seconds` waiting for data, `flops` on all devices."""
         if math.isfinite(loss):
             mean, count = self._losses.get(network, (0.0, 0))
             memory = min(SMOOTHING, 1 - 1 / (count + 1))  # the plain mean at first

@@ -5,6 +5,7 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,9 +80,17 @@ def test_training_under_torchrun(tmp_path: Path, latents: Path) -> None:
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("ranks", "method"), [(1, "mean_flow"), (2, "consistency")])
-def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int, method: str) -> None:
-    options = {**LENGTH, "method": {"name": method, "guidance": {"s": 2.0}}}
+WITH_CRITIC = {
+    "name": "distribution_matching",
+    "guidance": {"s": 2.0},
+    "student_steps": 2,
+    "critic": {"steps": 2, "optimizer": {"lr": 2e-3, "betas": [0.5, 0.9]}, "heads": {"blocks": [0, 1], "critic_weight": 1.0}},
+}
+
+
+@pytest.mark.parametrize(("ranks", "method"), [(1, {"name": "mean_flow"}), (2, {"name": "consistency"}), (2, WITH_CRITIC)])
+def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int, method: dict[str, Any]) -> None:
+    options = {**LENGTH, "method": {"guidance": {"s": 2.0}, **method}}
     whole, cut = (distill_config(tmp_path / f"{name}.yaml", teacher, **options) for name in ("whole", "cut"))
     forks.run("distill", str(whole), ranks=ranks).ok()
     killed_and_resumed(forks, "distill", cut, ranks)
@@ -94,11 +103,14 @@ PLACES = ((2, 1), (4, 3), (1, 2), (2, 0))
 """World size and ZeRO stage before each kill."""
 
 
-@pytest.mark.parametrize("verb", ["train", "distill"])
-def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Path, latents: Path, teacher: Path, verb: str) -> None:
+@pytest.mark.parametrize("kind", ["train", "distill", pytest.param("critic", marks=pytest.mark.slow)])
+def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Path, latents: Path, teacher: Path, kind: str) -> None:
+    verb = "train" if kind == "train" else "distill"
+
     def config(name: str) -> Path:
         path = tmp_path / f"{name}.yaml"
-        return train_config(path, latents, **LENGTH) if verb == "train" else distill_config(path, teacher, **LENGTH)
+        changes = {**LENGTH, "method": WITH_CRITIC} if kind == "critic" else LENGTH
+        return train_config(path, latents, **LENGTH) if kind == "train" else distill_config(path, teacher, **changes)
 
     forks.run(verb, str(config("whole")), ranks=2).ok()
     moved = config("moved")
