@@ -55,7 +55,6 @@ class ZeroShards:
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(run, accumulation))
         self._zero: Any = self._engine.optimizer
         self._module, self._stage = module, run.engine.zero_stage
-        self._takes_turns = len({group["network"] for group in optimizer.param_groups}) > 1
 
     @property
     def masters(self) -> list[Tensor]:
@@ -104,15 +103,7 @@ class ZeroShards:
         self._zero.clip_grad = max_norm
         self._engine.optimizer.optimizer.admit = lambda: decide(float(self._zero._global_grad_norm))
         self._engine.step()
-        self._forget_gradients()
         return float(self._zero._global_grad_norm)
-
-    def _forget_gradients(self) -> None:
-        """Stage 3 keeps gradients and their norms until the same parameter has its next, which may not be in the next step."""
-        if self._stage == 3 and self._takes_turns:
-            self._zero.grad_partitions_flat_buffer.zero_()
-            if self._zero.offload_optimizer:
-                self._zero.norm_for_param_grads.clear()
 
     def publish(self) -> None:
         """Give the module of every rank the weights that `masters` hold."""

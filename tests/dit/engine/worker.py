@@ -143,7 +143,7 @@ def turns() -> None:
 
 
 def turns_elsewhere() -> None:
-    """The checkpoint of step 7 of another stage and world size goes on for two steps; so does one whose step 8 is no number."""
+    """The checkpoint of step 7 of another stage and world size goes on for two steps."""
     world = distributed.world_size()
     for stage in (0, 1, 2, 3):
         engine = new_pair(ROOT / f"turns-{3 - world}-{3 - stage}-fp32-none", zero_stage=stage)
@@ -153,12 +153,15 @@ def turns_elsewhere() -> None:
             take_turn(engine)
         save(engine, ROOT / f"turns-moved-to-{world}-{stage}")
         if world == 2:
-            poisoned_turn(stage)
+            poisoned_turn(zero_stage=stage, precision="fp32")
+            poisoned_turn(zero_stage=stage, precision="bf16")
+    if world == 2:
+        poisoned_turn(zero_stage=3, offload="optimizer")
 
 
-def poisoned_turn(stage: int) -> None:
-    """A critic's step of no number is dropped, and leaves nothing that the next step of the other network meets."""
-    engine = new_pair(ROOT / f"turns-poisoned-{stage}", zero_stage=stage)
+def poisoned_turn(**options: object) -> None:
+    """A step of no number is dropped, and leaves nothing that the next step, of the other network, meets."""
+    engine = new_pair(ROOT / "unused", **options)
     take_turn(engine)
     take_turn(engine, poison=True)
     assert engine.taken == {"first": 0, "second": 1}
