@@ -24,7 +24,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.index import ShardIndex
 from data_pipelines.samples import BadSample
 from data_pipelines.sources import Shard, SourceManifest
-from data_pipelines.storage import Member, local_path, pieces, read_members
+from data_pipelines.storage import Member, local_path, pieces, read_into
 
 log = logging.getLogger(__name__)
 AT_ONCE = 4
@@ -55,15 +55,15 @@ class ShardCache:
         """Where the copy of a shard is, if there is one."""
         return _place(self.folder, address)
 
-    def read_members(self, address: str, members: Mapping[str, Member]) -> dict[str, bytes]:
+    def read_into(self, address: str, members: Mapping[str, Member], memory: memoryview) -> dict[str, memoryview]:
         """Read and verify members of one sample, from the copy if there is one, else from the shard. Raises BadSample."""
         place = self.place(address)
         if local_path(address) is None:
             try:
-                return read_members(str(place), members)
+                return read_into(str(place), members, memory)
             except BadSample:  # not there, or damaged on this disk
                 place.unlink(missing_ok=True)
-        return read_members(address, members)
+        return read_into(address, members, memory)
 
     def pin(self, address: str, index: ShardIndex, stop: threading.Event) -> IO[bytes] | None:
         """Copy a shard unless it is there, and keep it there until the result is closed.

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils.data import get_worker_info
-
+from data_pipelines import workers
 from data_pipelines.samples import BadSample
 
 KILL_FACTOR = 2.0
@@ -24,7 +23,6 @@ class _Alarm:
 
     armed = False
     installed = False
-    """In a loader process it stays in place: to change it for every sample costs more than all the rest."""
 
     def ring(self, *_: object) -> None:
         if self.armed:
@@ -32,6 +30,21 @@ class _Alarm:
 
 
 _alarm = _Alarm()
+
+
+@contextmanager
+def alarm() -> Iterator[None]:
+    """Keep the handler of SIGALRM in place for all deadlines in the body: to change it for each costs more than all the rest."""
+    if _alarm.installed or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, _alarm.ring)
+    _alarm.installed = True
+    try:
+        yield
+    finally:
+        _alarm.installed = False
+        signal.signal(signal.SIGALRM, previous)
 
 
 @contextmanager
@@ -44,26 +57,23 @@ def deadline(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    in_worker = get_worker_info() is not None
-    previous = None if _alarm.installed else signal.signal(signal.SIGALRM, _alarm.ring)
-    _alarm.installed = in_worker
-    _alarm.armed = True
-    rest, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
-    if in_worker:
-        signal.setitimer(signal.ITIMER_PROF, KILL_FACTOR * seconds)
-    try:
-        try:
-            yield
-        finally:
-            _alarm.armed = False  # an alarm from here on finds the work done
-    except _Late:
-        raise BadSample(f"took longer than {seconds:g} s") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, rest, interval)  # the process may have an alarm of its own
+    in_worker = workers.inside()
+    with alarm():
+        _alarm.armed = True
+        rest, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
         if in_worker:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        else:
-            signal.signal(signal.SIGALRM, previous)
+            signal.setitimer(signal.ITIMER_PROF, KILL_FACTOR * seconds)
+        try:
+            try:
+                yield
+            finally:
+                _alarm.armed = False  # an alarm from here on finds the work done
+        except _Late:
+            raise BadSample(f"took longer than {seconds:g} s") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, rest, interval)  # the process may have an alarm of its own
+            if in_worker:
+                signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def limit_memory(more: int) -> None:

@@ -28,8 +28,8 @@ _BITS = {"<f2": ("<i2", "<u2", 0x7C00, 0xFC00), "<f4": ("<i4", "<u4", 0x7F800000
 """Of each element type that is read: integers of as many bits, and both infinities; NaNs are above."""
 
 
-def decode(data: bytes, extension: str, size: Size, key: int) -> Frames:
-    """Decode an image or video to exactly `size`: (T, H, W, 3) uint8. Raises BadSample.
+def decode(data: bytes, extension: str, size: Size, key: int, out: Frames | None = None) -> Frames:
+    """Decode an image or video to exactly `size`: (T, H, W, 3) uint8, into `out` if it is given. Raises BadSample.
 
     The window of frames and the crop are drawn from `key`; the picture is scaled, aspect kept, until it just covers
     the size (antialiased bicubic), and not at all where it already has that size.
@@ -45,7 +45,7 @@ def decode(data: bytes, extension: str, size: Size, key: int) -> Frames:
             raise BadSample(f"video of {have} frames, {frames} needed")
         first = _draw(key, "window", have - frames + 1)
         pictures = list(frames_at(data, extension, range(first, first + frames)))
-    return np.stack([fit(picture, height, width, key) for picture in pictures])  # T H W 3
+    return np.stack([fit(picture, height, width, key) for picture in pictures], out=out)  # T H W 3
 
 
 def fit(picture: Frames, height: int, width: int, key: int | None) -> Frames:
@@ -143,7 +143,7 @@ class NpyHeader:
     start: int
 
 
-def npy_header(data: bytes) -> NpyHeader:
+def npy_header(data: bytes | memoryview) -> NpyHeader:
     """Parse the header of a .npy file of floats in C order. Raises BadSample for anything else, Python objects included."""
     if data[:6] != b"\x93NUMPY" or len(data) < 12 or data[6] not in (1, 2, 3):
         raise BadSample("not a .npy array")
@@ -151,7 +151,7 @@ def npy_header(data: bytes) -> NpyHeader:
     start = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
     if start > min(len(data), 4096):
         raise BadSample("not a .npy array")
-    dtype, shape = _npy_fields(data[8 + width : start])
+    dtype, shape = _npy_fields(bytes(data[8 + width : start]))
     if len(data) - start != math.prod(shape) * int(dtype[2]):
         raise BadSample(".npy whose length does not match its shape")
     return NpyHeader(dtype, shape, start)
@@ -170,8 +170,8 @@ def _npy_fields(header: bytes) -> tuple[str, tuple[int, ...]]:
     return dtype, shape
 
 
-def decode_npy(data: bytes) -> NDArray[np.floating]:
-    """Decode a .npy file of float16 or float32, C order. Raises BadSample, also for NaN and infinity."""
+def decode_npy(data: bytes | memoryview) -> NDArray[np.floating]:
+    """Decode a .npy file of float16 or float32, C order, to a view of it. Raises BadSample, also for NaN and infinity."""
     header = npy_header(data)
     values = np.frombuffer(data, header.dtype, offset=header.start).reshape(header.shape)
     signed, unsigned, infinity, negative = _BITS[header.dtype]

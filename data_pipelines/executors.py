@@ -7,9 +7,7 @@ kill, with the same bytes; no executor hands anything back, and what is done is 
 import json
 import os
 import shlex
-import signal
 import subprocess
-import threading
 import time
 import traceback
 from collections import Counter
@@ -17,8 +15,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, assert_never
 
@@ -28,6 +24,7 @@ from data_pipelines.config import ExecutorConfig
 from data_pipelines.errors import AccessDenied, StorageUnavailable, UserError
 from data_pipelines.extras import optional
 from data_pipelines.storage import published
+from data_pipelines.workers import Pool, WorkerLost
 
 Item = TypeVar("Item", int, str)
 Work = Callable[[Item], object]
@@ -78,6 +75,15 @@ class Executor:
             raise UserError(f"share = {self.config.share}: expected I/N with I from 0 to N - 1")
         return int(number), int(tasks)
 
+    @property
+    def processes(self) -> int:
+        """As configured, else one a core of this process: those that Slurm gave to a task, one if it does not say."""
+        if self.config.processes:
+            return self.config.processes
+        if self.config.share:
+            return int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
     def owns(self, number: int) -> bool:
         """Whether the item with this number is in the share of this process."""
         share, tasks = self.share
@@ -121,7 +127,7 @@ class Executor:
     def _outcomes(self, work: Work[Item], items: Sequence[Item], done: Callable[[Item], bool], logs: Path, pays: bool) -> _Outcomes[Item]:
         match self.config.name:
             case "local":
-                processes = min(self.config.processes or _cores(self.config), len(items))
+                processes = min(self.processes, len(items))
                 if processes == 1 or not (pays or self.config.processes):
                     return ((item, attempt(work, item)) for item in items)
                 return _in_processes(work, items, processes)
@@ -152,57 +158,24 @@ def attempt(work: Work[Item], item: Item) -> Failure | None:
 # --- processes of this machine ----------------------------------------------------------------------------------
 
 
-def _cores(config: ExecutorConfig) -> int:
-    """Cores of this process: those that Slurm gave to a task, one if it does not say."""
-    if config.share:
-        return int(os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _in_processes(work: Work[Item], items: Sequence[Item], processes: int) -> _Outcomes[Item]:
     """Processes that take item after item; one that is killed costs its item alone."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([(work.func if isinstance(work, partial) else work).__module__])  # a child has the imports done
-    workers: dict[Any, BaseProcess] = {}  # by the parent's end of a pipe
-    running: dict[Any, Item] = {}
+    preload = (work.func if isinstance(work, partial) else work).__module__
+    pool: Pool[Item, Failure | None] = Pool(lambda _: partial(attempt, work), processes, preload)
     rest = iter(items)
+    doing = 0
     try:
         while True:
-            for item in islice(rest, processes - len(running)):
-                pipe = next((pipe for pipe in workers if pipe not in running), None)
-                if pipe is None:
-                    pipe, end = context.Pipe()
-                    workers[pipe] = context.Process(target=_child, args=(work, end), daemon=True)
-                    workers[pipe].start()
-                    end.close()
-                pipe.send(item)
-                running[pipe] = item
-            if not running:
+            for item in islice(rest, processes - doing):
+                pool.submit(item)
+                doing += 1
+            if not doing:
                 return
-            ready: list[Any] = connection.wait(list(running))
-            for pipe in ready:
-                item = running.pop(pipe)
-                try:
-                    failure = pipe.recv()
-                except (EOFError, ConnectionError):
-                    (lost := workers.pop(pipe)).join()
-                    failure = Failure(str(item), 1, f"its process ended with exit code {lost.exitcode} (a signal if negative)")
-                yield item, failure
+            for _, item, result in pool.ready():
+                doing -= 1
+                yield item, Failure(str(item), 1, str(result)) if isinstance(result, WorkerLost) else result
     finally:
-        for worker in workers.values():
-            worker.terminate()
-
-
-def _child(work: Work[Item], pipe: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a ctrl-C is for the parent
-    threading.Thread(target=_follow, args=(parent_process(),), daemon=True).start()
-    while True:
-        pipe.send(attempt(work, pipe.recv()))
-
-
-def _follow(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+        pool.close()
 
 
 # --- Slurm ------------------------------------------------------------------------------------------------------

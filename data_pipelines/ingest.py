@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from data_pipelines import randomness
@@ -27,12 +27,14 @@ from data_pipelines.samples import BadSample
 from data_pipelines.shard_plan import PLAN, SAMPLES, SHARDS, ShardPlan, Skipped, write_shard
 from data_pipelines.shard_set import SETTINGS, claim, complete, conclude, write_json
 from data_pipelines.storage import published
+from data_pipelines.workers import InOrder, WorkerLost
 
 RECORD = "ingest.json"
 CLASS_CAPTION = "a photo of a {class}"
 SIDECAR, CLASS_NAME = "sidecar", "class-name"
 _EXAMINED = "examined.jsonl"
 _PARALLEL_SAMPLES = 200  # from here on starting processes pays
+_VIDEO_IMAGES = 50  # images that are examined in the time of a video, at least
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,10 @@ def prepare(source: str, out: Path, config: IngestConfig, executor: Executor = L
         why = "".join(f"; {count} x {reason}" for reason, count in Counter(reason for _, reason in listing.problems).items())
         raise UserError(f"SRC = {source!r}: no image or video in it ({others}{why})")
     listing = _with_captions(listing, config.captions)
-    build_stages(config)  # a missing package or model is an error before anything is written
+    _stages(config)  # a missing package or model is an error before anything is written
     claim(out, settings)
     (out / PLAN).mkdir(exist_ok=True)
-    _examine(listing, config, out / PLAN / _EXAMINED)
+    _examine(listing, config, out / PLAN / _EXAMINED, executor)
     plan = _plan(listing, config, out / PLAN)
     if not plan.samples:
         _unclaim(out)
@@ -143,23 +145,54 @@ def _with_captions(listing: Listing, captions: str | None) -> Listing:
     return replace(listing, files=tuple(files))
 
 
-def _examine(listing: Listing, config: IngestConfig, journal: Path) -> None:
+@dataclass(frozen=True)
+class _Task:
+    """A file to examine. lost: how the process that was at it ended, if one did. drop: it has been tried again."""
+
+    file: RawFile
+    key: str
+    lost: str | None = None
+    drop: bool = False
+
+
+def _examine(listing: Listing, config: IngestConfig, journal: Path, executor: Executor) -> None:
     """Append a line for every file to the journal; files that it holds already are not looked at again.
 
-    Files are shuffled, so that each shard is a mixture.
+    Files are shuffled, so that each shard is a mixture. Lines are in that order, whatever the number of processes.
     """
     keys = listing.keys()
     names = {file.name: file.name.encode("utf-8", "backslashreplace").decode() for file in listing.files}  # names may hold any bytes
     files = sorted(listing.files, key=lambda file: (randomness.key("ingest", names[file.name]), file.name))
     done = _whole_lines(journal)
-    stages = build_stages(config) if done < len(files) else []
     progress = Progress(len(files), "examining", "files")
     progress.advance(done)
-    with journal.open("ab") as lines:
-        for file in files[done:]:
-            found = [candidate.as_dict() for candidate in candidates_of(_whole(file, keys[file.name]), config, stages)]
-            lines.write(json.dumps(found).encode() + b"\n")
-            progress.advance()
+    pays = sum(1 if file.is_image else _VIDEO_IMAGES for file in files[done:]) >= _PARALLEL_SAMPLES
+    processes = executor.processes if pays or executor.config.processes else 1
+    tasks = [_Task(file, keys[file.name]) for file in files[done:]]
+    work = partial(_examined, config)
+    found = InOrder(lambda _: work, tasks, processes if processes > 1 else 0, lambda _, line: line, _try_again, preload=__name__)
+    try:
+        with journal.open("ab") as lines:
+            for line in found:
+                lines.write(line)
+                progress.advance()
+    finally:
+        found.close()
+
+
+def _examined(config: IngestConfig, task: _Task) -> bytes:
+    """The line of a file."""
+    lost = [Candidate(task.key, task.file, dropped=task.lost)]
+    found = lost if task.drop else candidates_of(_whole(task.file, task.key), config, _stages(config))
+    return json.dumps([candidate.as_dict() for candidate in found]).encode() + b"\n"
+
+
+_stages = cache(build_stages)
+
+
+def _try_again(task: _Task, lost: WorkerLost) -> _Task:
+    """Once more, since the system may have ended the process for other reasons; a file that does it twice is left out."""
+    return replace(task, lost=str(lost), drop=task.lost is not None)
 
 
 def _whole(file: RawFile, key: str) -> Candidate:

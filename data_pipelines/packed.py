@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -17,6 +18,17 @@ from torch import Tensor
 from data_pipelines.errors import UserError
 
 Grid = tuple[int, int, int]
+
+
+class InStep(NamedTuple):
+    """Where a pack lies in its global step: the number of its first sample, the samples of the step, and a random key of the step.
+
+    Equal for every number of ranks.
+    """
+
+    first: int
+    samples: int
+    key: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class PackedLatents:
     """Clean latents of a pack: what the encoders hand to the objective.
 
     tokens: (L, P) float32. keys: one 63-bit random key a sample (seed, epoch and sample id hashed). ids: "shard/key" of each.
-    weights: (n,) 1 for a real sample, 0 for a hole left by an unreadable one.
+    weights: (n,) 1 for a real sample, 0 for a hole left by an unreadable one. place: None for a pack that is a step of its own.
     """
 
     tokens: Tensor
@@ -99,6 +111,7 @@ class PackedLatents:
     keys: tuple[int, ...]
     ids: tuple[str, ...]
     weights: Tensor
+    place: InStep | None = None
 
     def to(self, device: torch.device) -> "PackedLatents":
         """Copy to `device`."""

@@ -1,4 +1,4 @@
-"""Packs on their way from the process that reads them to the rank, without a copy at arrival.
+"""Packs on their way from the process that reads them to the rank: read into memory that both see, without a copy.
 
 Knows nothing of how they are read.
 """
@@ -6,24 +6,30 @@ Knows nothing of how they are read.
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
-from data_pipelines.packed import Grid
+from data_pipelines.packed import Grid, InStep
 from data_pipelines.plan import PlannedPack, Position
-from data_pipelines.raw import RawSample
+from data_pipelines.raw import Memory, RawSample
 
-_SLOTS = 64  # of a worker; what a rank holds beyond them gets memory of its own
+_SLOTS = 64  # of a reader; what a rank holds beyond them gets memory of its own
+_TENSORS = ("pixels", "latents", "text")
+
+Part = tuple[int, str, np.dtype, tuple[int, ...], int]
+"""A tensor of a pack: number of the sample, name, type, shape and offset."""
 
 
 @dataclass(frozen=True)
 class RawPack:
-    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included."""
+    """The samples of a pack and the token grid (t, h, w) that each has a place for, holes included. place: as in `PackedLatents`."""
 
     samples: tuple[RawSample, ...]
     grids: tuple[Grid, ...]
+    place: InStep | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -37,95 +43,88 @@ class Task:
 
     number: int
     pack: PlannedPack
-    samples: int
+    place: InStep
     after: Position
     holes: Mapping[int, str]
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """A pack that was read, all its tensors in one buffer: a worker hands over one shared memory segment, not hundreds.
+class Slot(NamedTuple):
+    """Where a pack lies. number: None for memory that is not used again. fresh: the memory, None where the rank knows it."""
 
-    slot: worker and number of the slot that it is in, None if in none. buffer: None for memory of the slot that the rank knows.
-    """
-
-    samples: tuple[RawSample, ...]
-    grids: tuple[Grid, ...]
-    task_samples: int
-    after: Position
-    parts: tuple[tuple[int, str, torch.dtype, tuple[int, ...]], ...]
-    slot: tuple[int, int] | None
-    buffer: Tensor | None
-
-    def open(self, slots: "Slots") -> RawPack:
-        """Views of the buffer at their places."""
-        buffer = slots.receive(self.slot, self.buffer)
-        samples = list(self.samples)
-        offset = 0
-        for number, name, dtype, shape in self.parts:
-            end = offset + _aligned(torch.Size(shape).numel() * dtype.itemsize)
-            flat = buffer[offset:end].view(dtype)[: torch.Size(shape).numel()]
-            samples[number] = replace(samples[number], **{name: flat.view(shape)})  # type: ignore[arg-type]
-            offset = end
-        return RawPack(tuple(samples), self.grids)
-
-
-def _aligned(length: int) -> int:
-    return -(-length // 16) * 16
+    number: int | None
+    fresh: Tensor | None
 
 
 class Slots:
-    """Shared memory that packs are handed over in, used again once nothing is left of the pack in it: to touch fresh memory costs
-    several times as much as to read into it. Each side has an object of its own.
+    """Memory of one reader that packs are read into, used again once nothing is left of the pack in it: to touch fresh memory costs
+    several times as much as to read into it. Reader and rank have an object each, or share one in the same process.
 
-    taken: (workers, slots) shared; a worker sets what the rank clears.
+    taken: (slots,) shared; the reader sets what the rank clears.
     """
 
-    def __init__(self, workers: int) -> None:
-        self.taken = torch.zeros(workers, _SLOTS, dtype=torch.uint8).share_memory_()
-        self._memory: dict[tuple[int, int], Tensor] = {}
+    def __init__(self, *, shared: bool) -> None:
+        self.shared = shared
+        self.taken = torch.zeros(_SLOTS, dtype=torch.uint8)
+        if shared:
+            self.taken.share_memory_()
+        self._memory: dict[int, Tensor] = {}
 
-    def take(self, worker: int, length: int) -> tuple[tuple[int, int] | None, Tensor, bool]:
-        """For a worker: a free slot, its memory, at least `length` bytes, and whether the rank knows that from before."""
-        free = next((number for number, taken in enumerate(self.taken[worker].tolist()) if not taken), None)
-        slot = None if free is None else (worker, free)
-        if slot in self._memory and len(self._memory[slot]) >= length:
-            self.taken[slot] = 1
-            return slot, self._memory[slot], True
-        room = torch.UntypedStorage._new_shared(length + length // 8)  # else it would be copied there later; the next may be larger
-        memory = torch.empty(0, dtype=torch.uint8).set_(room)
-        if slot is not None:
-            self.taken[slot], self._memory[slot] = 1, memory
-        return slot, memory, False
+    def take(self, length: int) -> tuple[Slot, Memory]:
+        """For the reader: a free slot with at least `length` bytes."""
+        free = [number for number, taken in enumerate(self.taken.tolist()) if not taken]
+        number = next((number for number in free if number in self._memory and len(self._memory[number]) >= length), None)
+        if number is not None:
+            self.taken[number] = 1
+            return Slot(number, None), self._memory[number].numpy()
+        room = length + length // 8  # the next may be larger
+        # what is not in shared memory from the beginning would be copied there
+        storage = torch.UntypedStorage._new_shared(room) if self.shared else torch.UntypedStorage(room)
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+        number = free[0] if free else None
+        if number is not None:
+            self.taken[number], self._memory[number] = 1, memory
+        return Slot(number, memory), memory.numpy()
 
-    def receive(self, slot: tuple[int, int] | None, fresh: Tensor | None) -> Tensor:
-        """For the rank: what was handed over. Its slot is free when the last view of it is gone."""
-        if slot is None:
+    def receive(self, slot: Slot) -> Memory:
+        """For the rank: what was handed over. The slot is free when the last view of it is gone."""
+        number, fresh = slot
+        if number is None:
             assert fresh is not None
-            return fresh
+            return fresh.numpy()
         if fresh is not None:
-            self._memory[slot] = fresh
-        array = self._memory[slot].numpy()
-        weakref.finalize(array, self.taken.__setitem__, slot, 0).atexit = False
-        return torch.from_numpy(array)  # which keeps the array as long as any view
+            self._memory[number] = fresh
+        array = self._memory[number].numpy()  # which views of it keep, as they would not keep a view
+        weakref.finalize(array, self.taken.__setitem__, number, 0).atexit = False
+        return array
 
 
-def wrap(task: Task, samples: list[RawSample], slots: Slots) -> Parcel:
-    """Pack what a worker read; without workers it stays where it is."""
-    grids = tuple(planned.grid for planned in task.pack)
-    if (worker := get_worker_info()) is None:
-        return Parcel(tuple(samples), grids, task.samples, task.after, (), None, torch.empty(0))
-    parts, tensors = [], []
-    for number, sample in enumerate(samples):
-        for name in ("pixels", "latents", "text"):
-            if (tensor := getattr(sample, name)) is not None:
-                parts.append((number, name, tensor.dtype, tuple(tensor.shape)))
-                tensors.append(tensor)
-        samples[number] = replace(sample, pixels=None, latents=None, text=None)
-    length = sum(_aligned(tensor.nbytes) for tensor in tensors)
-    slot, buffer, known = slots.take(worker.id, length)
-    offset = 0
-    for tensor in tensors:
-        buffer[offset : offset + tensor.nbytes] = tensor.reshape(-1).view(torch.uint8)
-        offset += _aligned(tensor.nbytes)
-    return Parcel(tuple(samples), grids, task.samples, task.after, tuple(parts), slot, None if known else buffer)
+@dataclass(frozen=True)
+class Parcel:
+    """A pack that was read. worker: number of the process. parts: tensors that lie in the slot and are missing in the samples."""
+
+    samples: tuple[RawSample, ...]
+    worker: int
+    parts: tuple[Part, ...] = ()
+    slot: Slot | None = None
+
+    @classmethod
+    def wrap(cls, samples: list[RawSample], worker: int, slot: Slot, memory: Memory) -> "Parcel":
+        """What goes from process to process is where the tensors lie."""
+        parts = []
+        for number, sample in enumerate(samples):
+            for name in _TENSORS:
+                if (tensor := getattr(sample, name)) is not None:
+                    parts.append((number, name, tensor.numpy().dtype, tuple(tensor.shape), tensor.data_ptr() - memory.ctypes.data))
+            samples[number] = replace(sample, pixels=None, latents=None, text=None)
+        return cls(tuple(samples), worker, tuple(parts), slot)
+
+    def open(self, slots: Slots) -> tuple[RawSample, ...]:
+        """The samples with their tensors: views of the slot."""
+        if self.slot is None:
+            return self.samples
+        memory = slots.receive(self.slot)
+        samples = list(self.samples)
+        for number, name, dtype, shape, offset in self.parts:
+            tensor = torch.from_numpy(np.ndarray(shape, dtype, memory, offset))
+            samples[number] = replace(samples[number], **{name: tensor})  # type: ignore[arg-type]
+        return tuple(samples)

@@ -22,7 +22,7 @@ from data_pipelines import packing, randomness
 from data_pipelines.config import DataConfig, Size
 from data_pipelines.errors import UserError
 from data_pipelines.index import Entry, uncollected
-from data_pipelines.packed import Grid
+from data_pipelines.packed import Grid, InStep
 from data_pipelines.samples import Facts
 from data_pipelines.sizes import choose_size
 from data_pipelines.sources import Shard, SourceManifest, read_sources
@@ -91,6 +91,11 @@ class PlannedStep:
     def samples(self) -> int:
         """Samples of the step over all ranks."""
         return sum(map(len, self.packs))
+
+    def place(self, pack: PlannedPack) -> InStep:
+        """Where one of its packs lies in the step."""
+        before = self.packs[: self.packs.index(pack)]
+        return InStep(sum(map(len, before)), self.samples, randomness.key(self.packs[0][0].key, "step"))
 
 
 class Place(NamedTuple):
@@ -239,11 +244,14 @@ def deal(costs: Sequence[float], world_size: int) -> list[list[int]]:
     return [[row[rank if number % 2 == 0 else -1 - rank] for number, row in enumerate(rows)] for rank in range(world_size)]
 
 
-def check_world_size(config: DataConfig, world_size: int) -> None:
-    """Raise UserError unless every rank gets the same number of packs."""
-    if rest := config.packs_per_step % world_size:
-        divisors = [n for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0]
+def check_world_size(config: DataConfig, world_size: int, ranks_of_a_pack: int = 1) -> None:
+    """Raise UserError unless every rank, or every `ranks_of_a_pack` of them together, get the same number of packs."""
+    shares = world_size // ranks_of_a_pack
+    if rest := config.packs_per_step % shares:
+        processes = [n * ranks_of_a_pack for n in range(1, config.packs_per_step + 1) if config.packs_per_step % n == 0]
+        by = f"({world_size} / {ranks_of_a_pack})" if ranks_of_a_pack > 1 else f"{world_size}"
+        name = "(world size / engine.sequence_parallel)" if ranks_of_a_pack > 1 else "world size"
         raise UserError(
-            f"data.packs_per_step % world size = {config.packs_per_step} % {world_size} = {rest}, expected 0; "
-            f"run on {' or '.join(map(str, divisors))} processes, or set data.packs_per_step to a multiple of {world_size}"
+            f"data.packs_per_step % {name} = {config.packs_per_step} % {by} = {rest}, expected 0; "
+            f"run on {' or '.join(map(str, processes))} processes, or set data.packs_per_step to a multiple of {shares}"
         )

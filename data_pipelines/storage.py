@@ -19,6 +19,7 @@ from data_pipelines.samples import BadSample
 
 SCHEMES = ("file", "s3")
 _PIECE, _BUFFER = 16 << 20, 1 << 20
+_ALIGNMENT = 512  # of members in a tar, and so of the elements of an array in memory
 _GAP = 64 * 1024  # bytes between wanted members that are cheaper to read than to skip
 
 
@@ -30,7 +31,7 @@ class Member(NamedTuple):
     checksum: str
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: bytes | memoryview) -> str:
     """xxh3_64 of `data`, hexadecimal."""
     return xxhash.xxh3_64_hexdigest(data)
 
@@ -73,76 +74,104 @@ def folder_files(folder: str) -> dict[str, int]:
 
 def read_range(address: str, offset: int, length: int) -> bytes:
     """Read `length` bytes at `offset`. Raises BadSample if they are not there; AccessDenied or StorageUnavailable, which end the run."""
-    return _read_ranges(address, [(offset, length)])[0]
+    data = bytearray(length)
+    _read_at(address, [(offset, memoryview(data))])
+    return bytes(data)
 
 
-def _read_ranges(address: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """`read_range` of several (offset, length)."""
+def _read_at(address: str, ranges: Sequence[tuple[int, memoryview]]) -> None:
+    """Fill each view with what lies at its offset. Raises as `read_range`."""
     path = local_path(address)
     try:
         if path is None:
-            found = [remote.read_object(address, offset, offset + length) for offset, length in ranges]
+            done = [_copied(remote.read_object(address, offset, offset + len(view)), view) for offset, view in ranges]
         else:
-            found = _read_local(path, ranges)
+            file = os.open(path, os.O_RDONLY)
+            try:
+                done = [_filled(file, offset, view) for offset, view in ranges]
+            finally:
+                os.close(file)
     except FileNotFoundError as error:
         raise BadSample("shard is missing") from error
     except OSError as error:
         raise BadSample(f"shard cannot be read ({type(error).__name__})") from error
-    if any(len(data) != length for data, (_, length) in zip(found, ranges, strict=True)):
+    if not all(done):
         raise BadSample("shard is truncated")
-    return found
+
+
+def _copied(data: bytes, view: memoryview) -> bool:
+    if whole := len(data) == len(view):
+        view[:] = data
+    return whole
+
+
+def _filled(file: int, offset: int, view: memoryview) -> bool:
+    while len(view) and (count := os.preadv(file, [view], offset)):  # at most 2 GiB a call
+        view, offset = view[count:], offset + count
+    return not len(view)
 
 
 def pieces(address: str) -> Iterator[bytes]:
     """The content of a file or object in order, in pieces of 16 MiB. Raises as `read_file`."""
     path = local_path(address)
+    if path is not None:
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(_PIECE):
+                yield piece
+        return
     offset, piece = 0, bytes(_PIECE)
     while len(piece) == _PIECE:
-        piece = remote.read_object(address, offset, offset + _PIECE) if path is None else _read_local(path, [(offset, _PIECE)])[0]
+        piece = remote.read_object(address, offset, offset + _PIECE)
         offset += len(piece)
         yield piece
 
 
-def _read_local(path: Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Each (offset, length) as an object of its own: to cut them out of one read would copy them."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return [_read_at(file, offset, length) for offset, length in ranges]
-    finally:
-        os.close(file)
-
-
-def _read_at(file: int, offset: int, length: int) -> bytes:
-    data = os.pread(file, length, offset)
-    while len(data) < length and (more := os.pread(file, length - len(data), offset + len(data))):  # at most 2 GiB a call
-        data += more
-    return data
-
-
 def read_member(address: str, offset: int, length: int, expected: str) -> bytes:
     """Read one member of the shard at `address`. Raises BadSample unless its content has the checksum `expected`."""
-    return _verified(read_range(address, offset, length), expected)
+    return read_members(address, {"": Member(offset, length, expected)})[""]
 
 
 def read_members(address: str, members: Mapping[str, Member]) -> dict[str, bytes]:
-    """Read and verify several members of one sample, in a single request where they lie together. Raises BadSample."""
-    if not members:
-        return {}
-    if local_path(address) is not None:
-        found = _read_ranges(address, [(member.offset, member.length) for member in members.values()])
-        return {name: _verified(data, member.checksum) for (name, member), data in zip(members.items(), found, strict=True)}
-    first = min(member.offset for member in members.values())
-    last = max(member.offset + member.length for member in members.values())
-    if last - first > sum(member.length for member in members.values()) + _GAP * len(members):
-        return {name: read_member(address, m.offset, m.length, m.checksum) for name, m in members.items()}
-    span = read_range(address, first, last - first)
-    return {name: _verified(span[m.offset - first : m.offset - first + m.length], m.checksum) for name, m in members.items()}
+    """Read and verify several members of one sample. Raises BadSample."""
+    return {name: bytes(data) for name, data in read_into(address, members, memoryview(bytearray(room_for(members)))).items()}
 
 
-def _verified(data: bytes, expected: str) -> bytes:
-    if checksum(data) != expected:
-        raise BadSample("checksum mismatch: the shard is damaged or was changed after it was indexed")
-    return data
+def room_for(members: Mapping[str, Member]) -> int:
+    """Bytes of memory that `read_into` takes for these members."""
+    return sum(map(_aligned, (length for _, length in _ranges(members))))
+
+
+def read_into(address: str, members: Mapping[str, Member], memory: memoryview) -> dict[str, memoryview]:
+    """Read several members of one sample into `memory`, in a single request where they lie together, and verify them: views of it.
+
+    Raises BadSample.
+    """
+    ranges, at = [], 0
+    for offset, length in _ranges(members):
+        ranges.append((offset, memory[at : at + length]))
+        at += _aligned(length)
+    _read_at(address, ranges)
+    found = {}
+    for number, (name, member) in enumerate(members.items()):
+        offset, view = ranges[number] if len(ranges) > 1 else ranges[0]
+        data = view[member.offset - offset :][: member.length]
+        if checksum(data) != member.checksum:
+            raise BadSample("checksum mismatch: the shard is damaged or was changed after it was indexed")
+        found[name] = data
+    return found
+
+
+def _ranges(members: Mapping[str, Member]) -> list[tuple[int, int]]:
+    """(offset, length) of all members together, or of each in order if they lie far apart."""
+    first = min((member.offset for member in members.values()), default=0)
+    last = max((member.offset + member.length for member in members.values()), default=0)
+    if last - first <= sum(member.length for member in members.values()) + _GAP * len(members):
+        return [(first, last - first)]
+    return [(member.offset, member.length) for member in members.values()]
+
+
+def _aligned(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """`dit VERB CONFIG [key=value ...]`: dispatch only. Help and config errors import no torch."""
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import StorageUnavailable, UserError
 from dit.runtime import heartbeat
 
 
@@ -51,12 +52,15 @@ PLAIN_VERBS = {
     "doctor": ("is this machine fit for a run? under torchrun: are they all?", "dit doctor configs/train/videos.yaml"),
     "data": ("curate, make, check and show shards", "dit data ingest photos/ shards/photos"),
 }
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+"""Nobody's mistake, wherever in a command they come up."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code.
 
-    0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 5 access denied, 75 storage is away, 1 a crash.
+    0 done or cleanly interrupted, 2 config or input, 3 data, 4 checkpoints, 5 access denied, 75 a store is away or a disk is full or
+    broken, 1 a crash.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     heartbeat.start()
@@ -65,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(f"error: {error}. Mend the disk or make room, then start the same command", file=sys.stderr)
+        code = StorageUnavailable.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

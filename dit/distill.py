@@ -1,6 +1,6 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from data_pipelines.loader import RawPack
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
 from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, ScoreRegularisedConfig
+from dit.diagnosis import Diagnosis
 from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
 from dit.distillation import (
+    Alternating,
+    Distillation,
     build_distillation,
     build_student_sampling,
+    discriminator_of,
     heads_of,
-    judge_of,
     objective_at,
     student_backbone,
     student_of,
@@ -37,13 +40,10 @@ from dit.runtime import distributed
 from dit.runtime.losses import Losses
 from dit.stream import Stream, left_out
 
-Gap = Callable[[nn.Module, Sequence[PackedLatents], Sequence[float]], Tensor]
-"""Squared distance of each sample to the teacher: network, packs, levels -> (levels, n)."""
-
 
 def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
-    distributed.init()
+    distributed.init(run.engine.sequence_parallel)
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
@@ -57,9 +57,16 @@ def main(run: DistillRun) -> int:
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
-    engine, losses_of, gap = compose(run, trained, encoders, stream)
+    engine, losses_of, objective = compose(run, trained, encoders, stream)
+    flow_of = partial(as_flow, base)
+
+    def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+        return teacher_gap(objective, flow_of(network), packs, levels)
+
     own = base.model_copy(update={"backbone": student_backbone(run.method, base.backbone)})
     preview = Preview(run.preview, build_student_sampling(run.method), encoders, own, folder, RECTIFIED_FLOW) if run.preview else None
+    sizes = (data.token_budget, data.token_budget * data.packs_per_step)
+    is_judged = run.preview and run.diagnosis
     start = resume(engine, folder)
     steps = stream.steps(start)
     fit(
@@ -72,36 +79,37 @@ def main(run: DistillRun) -> int:
         leave_out=steps.leave_out,
         validate=stream.held_out(run.validation, gap) if run.validation else None,
         preview=(lambda module, step: preview(student_of(module), step)) if preview else None,
+        judge=Diagnosis(run, own, encoders, folder, objective, flow_of, *sizes) if is_judged else None,
     )
     return 0
 
 
-def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf, Gap]:
-    """The engine with the teacher's weights, what it is trained on, and how far it is from its teacher. trained: the teacher's run."""
+def compose(
+    run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream
+) -> tuple[Engine, LossesOf, Distillation | Alternating]:
+    """The engine with the teacher's weights, what it is trained on, and the method with its teacher. trained: the teacher's run."""
     base = trained.base
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-
-    def flow_of(network: Denoiser) -> Denoiser:
-        return build_denoiser(base.objective, network, RECTIFIED_FLOW)  # students live there, whatever their teacher's path
-
-    def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
-        return teacher_gap(method, flow_of(student_of(network)), packs, levels)
-
-    guided = guide(flow_of(teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
         student = equip(network, base.objective)
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
         module = with_critic(run.method, student, teacher, config.hidden_size).to(distributed.device())
-    critic, judge = flow_of(partial(module, "critic")), judge_of(run.method, module, teacher)
-    method = build_distillation(run.method, guided, base.objective.shift, critic, judge)
+    critic, heads = as_flow(base, partial(module, "critic")), discriminator_of(run.method, module, teacher)
+    method = build_distillation(run.method, guided, base.objective.shift, critic, heads)
     engine = Engine(module, run, stream.packs_per_rank, turns_of(run))
 
     def losses_of(pack: RawPack, progress: float) -> Losses:
-        return objective_at(method, engine.step)(flow_of(student_of(module)), stream.encode(pack), progress)
+        return objective_at(method, engine.step)(as_flow(base, module), stream.encode(pack), progress)
 
-    return engine, losses_of, gap
+    return engine, losses_of, method
+
+
+def as_flow(base: TrainRun, network: Denoiser) -> Denoiser:
+    """A network trained by the objective of `base`, on rectified flow: students live there, whatever their teacher's path."""
+    return build_denoiser(base.objective, student_of(network), RECTIFIED_FLOW)
 
 
 def turns_of(run: DistillRun) -> Turns | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.errors import UserError
-from data_pipelines.packed import check_patch, pack_conditioning, unpack
+from data_pipelines.packed import Conditioning, Grid, check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from dit.config import TrainRun
 from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
@@ -85,9 +85,15 @@ def draw(
                 tokens = complete(guided, given, cond, keys, times, sampling, on, repeats, jump)
             case _:
                 assert_never(edit.config)
-    videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
-    drawn = ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
+    drawn = to_videos(tokens, cond, encoders, patch)
     return drawn if edit is None else edit.paste(drawn)
+
+
+@torch.no_grad()
+def to_videos(tokens: Tensor, cond: Conditioning, encoders: Encoders, patch: Grid) -> Tensor:
+    """Decode latents of one size, as tokens (L, P): (B, T, H, W, 3) uint8 on the CPU."""
+    videos = encoders.latents.decode(torch.stack(unpack(tokens, cond, patch)))  # (B, 3, T, H, W)
+    return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
 
 def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:

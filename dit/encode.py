@@ -11,20 +11,20 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
 from data_pipelines.errors import DataBudgetExceeded, UserError
 from data_pipelines.executors import Executor, Failure
 from data_pipelines.index import Entry
-from data_pipelines.plan import PlannedSample
+from data_pipelines.packed import InStep
+from data_pipelines.parcels import RawPack, Task
+from data_pipelines.plan import START, PlannedSample
 from data_pipelines.progress import Progress
-from data_pipelines.raw import RawSample, read_sample
+from data_pipelines.readers import read_packs
 from data_pipelines.samples import Facts
 from data_pipelines.shard_set import complete, conclude, write_json
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.sizes import choose_size, expand
 from data_pipelines.sources import SourceManifest, read_source
-from data_pipelines.workers import InOrder
 from dit.config import EncodeRun
 from dit.config.encoders import EncodersConfig
 from dit.encoders.prepare import encode_samples
@@ -92,15 +92,15 @@ def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
         print(f"{len(numbers) - len(rest)} of this process's {len(numbers)} shards are complete in {out}")
     plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
     progress = Progress(sum(map(len, plans)), "encoding", "samples of this process", silent=not is_first)
-    samples = InOrder(_Reader(), _Readable(plans), run.num_workers if rest else 0)
+    packs = read_packs(_tasks(plans, run.batch_size), run.num_workers if rest else 0)
     bad: list[tuple[str, str]] = []
     for (number, _, _), plan in zip(rest, plans, strict=True):
-        bad += _encode_shard(run, encoders, plan, samples, out / shard_name(number), progress)
+        bad += _encode_shard(run, encoders, plan, packs, out / shard_name(number), progress)
         if len(bad) > run.max_bad_fraction * max(progress.done, 1000):
             raise DataBudgetExceeded(
                 f"{len(bad)} of {progress.done} samples could not be read (max_bad_fraction={run.max_bad_fraction}), the last: {bad[-1]}"
             )
-    samples.close()
+    packs.close()
     for name, reason in bad[:10]:
         print(f"left out {name}: {reason}")
     if bad:
@@ -116,19 +116,12 @@ def _sources(run: EncodeRun) -> list[SourceManifest]:
     return [read_source(source.path, config_key=f"sources.{index}.path") for index, source in enumerate(run.sources)]
 
 
-class _Readable(Sampler[PlannedSample]):
-    """Every sample that has a size, shard by shard."""
-
-    def __init__(self, plans: list[list[PlannedSample]]) -> None:
-        self.plans = plans
-
-    def __iter__(self) -> Iterator[PlannedSample]:
-        return (planned for plan in self.plans for planned in plan if planned.size)
-
-
-class _Reader(Dataset[RawSample]):
-    def __getitem__(self, planned: PlannedSample) -> RawSample:
-        return read_sample(planned)
+def _tasks(plans: Sequence[Sequence[PlannedSample]], batch: int) -> Iterator[Task]:
+    """The samples that have a size, shard by shard, as packs of at most `batch`."""
+    for plan in plans:
+        readable = iter([planned for planned in plan if planned.size])
+        while pack := tuple(islice(readable, batch)):
+            yield Task(0, pack, InStep(0, len(pack), 0), START, {})
 
 
 def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Sequence[Entry]) -> list[PlannedSample]:
@@ -149,18 +142,22 @@ def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Sequen
 
 
 def _encode_shard(
-    run: EncodeRun, encoders: Encoders, plan: list[PlannedSample], samples: Iterator[RawSample], path: Path, progress: Progress
+    run: EncodeRun,
+    encoders: Encoders,
+    plan: list[PlannedSample],
+    packs: Iterator[tuple[Task, RawPack]],
+    path: Path,
+    progress: Progress,
 ) -> list[tuple[str, str]]:
     """Encode one shard; returns (id, reason) of the samples that are left out."""
     dtype = np.dtype(run.dtype)
     bad = [(planned.id, "shorter than any of `sizes`") for planned in plan if planned.size is None]
-    readable = iter([planned for planned in plan if planned.size])
+    readable = sum(planned.size is not None for planned in plan)
     with ShardWriter(path) as writer:
-        while planned := list(islice(readable, run.batch_size)):
-            batch = list(islice(samples, len(planned)))
-            progress.advance(len(batch))
-            bad += [(sample.id, sample.error) for sample in batch if sample.error]
-            good = [(item.entry.key, sample) for item, sample in zip(planned, batch, strict=True) if not sample.error]
+        for task, pack in islice(packs, -(-readable // run.batch_size)):
+            progress.advance(len(pack.samples))
+            bad += [(sample.id, sample.error) for sample in pack.samples if sample.error]
+            good = [(item.entry.key, sample) for item, sample in zip(task.pack, pack.samples, strict=True) if not sample.error]
             if not good:
                 continue
             latents = encode_samples([sample for _, sample in good], encoders.latents)

@@ -63,7 +63,7 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
 
 def _alone(run: TrainRun | DistillRun) -> TrainRun | DistillRun:
     """`run` as one process takes it."""
-    return run.model_copy(update={"engine": run.engine.model_copy(update={"zero_stage": 0, "offload": "none"})})
+    return run.model_copy(update={"engine": run.engine.model_copy(update={"zero_stage": 0, "offload": "none", "sequence_parallel": 1})})
 
 
 def _recorded(run: Path, step: int) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from data_pipelines import decode, randomness
 from data_pipelines.config import DataConfig, Size, Source
 from data_pipelines.errors import UserError
-from data_pipelines.loader import RawPack, StepStream
+from data_pipelines.loader import RawPack, RawSample, StepPacks, StepStream
 from data_pipelines.packed import Grid, PackedLatents, check_patch
-from data_pipelines.plan import START, Plan, Position, open_plan
+from data_pipelines.plan import START, Plan, Position, check_world_size, open_plan
 from data_pipelines.report import report
 from data_pipelines.samples import Facts
 from data_pipelines.sizes import expand
@@ -43,13 +43,14 @@ class Stream:
             check_cache(source, encoders, f"data.sources.{index}.path")
         self.config = config = config.model_copy(update={"sizes": self._sizes(config)})
         self.plan = open_plan(config, self._grid_of, seed, self._cost_of)
-        self.packs_per_rank = config.packs_per_step // distributed.world_size()
+        check_world_size(config, distributed.world_size(), distributed.sequence_parallel())
+        self.packs_per_rank = config.packs_per_step // distributed.data_world_size()
 
-    def steps(self, start: Mapping[str, Any] | None) -> StepStream:
+    def steps(self, start: Mapping[str, Any] | None) -> "Steps":
         """Global steps from `start` as a checkpoint holds it (None: the beginning), this rank's share of each."""
         place = {key: value for key, value in (start or {}).items() if key in Position._fields}
         position = Position(**place) if place else START
-        return StepStream(self.plan, distributed.rank(), distributed.world_size(), position, frozenset(left_out(start)))
+        return Steps(self.plan, distributed.data_rank(), distributed.data_world_size(), position, frozenset(left_out(start)))
 
     def encode(self, pack: RawPack) -> PackedLatents:
         """Latents and text of a pack, on this rank's device; what is cached is taken as it is."""
@@ -129,6 +130,24 @@ class Stream:
                     "data.sources and validation.source, or change backbone.num_classes (null leaves labels out)"
                 )
         return pack
+
+
+class Steps(StepStream):
+    """Steps as this rank and those that compute its packs with it have read them: what one of them could not read is a hole for all."""
+
+    def __next__(self) -> StepPacks:
+        """The next step; the first of the ranks that share it names its holes."""
+        batch = super().__next__()
+        if distributed.sequence_parallel() == 1:
+            return batch
+        reasons = {name: reason for bad in distributed.gather_in_pack(batch.bad) for name, reason in bad}
+        packs = [replace(pack, samples=tuple(_without(sample, reasons) for sample in pack.samples)) for pack in batch.packs]
+        bad = [(sample.id, sample.error) for pack in packs for sample in pack.samples if sample.error is not None]
+        return replace(batch, packs=packs, bad=bad if distributed.sequence_rank() == 0 else [])
+
+
+def _without(sample: RawSample, reasons: Mapping[str, str]) -> RawSample:
+    return sample if sample.error is not None or sample.id not in reasons else RawSample(sample.id, sample.key, error=reasons[sample.id])
 
 
 def left_out(start: Mapping[str, Any] | None) -> list[str]:

@@ -19,7 +19,7 @@ from dit.stream import Stream, left_out
 
 def main(run: TrainRun) -> int:
     """Train until `train.samples`, from the newest valid checkpoint of `out` if there is one."""
-    distributed.init()
+    distributed.init(run.engine.sequence_parallel)
     encoders = Encoders.load(run.encoders, distributed.device())
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
     folder = open_for_writing(run, run, stream.describe(run.train.samples))

@@ -67,11 +67,11 @@ def submit(text: str, logs: Path) -> str:
 def _check_processes(run: TrainRun | DistillRun | EncodeRun, site: Site) -> None:
     data = getattr(run, "data", None)
     processes = site.nodes * site.tasks
-    if data is not None and data.packs_per_step % processes:
-        raise UserError(
-            f"data.packs_per_step={data.packs_per_step} cannot be shared by site.nodes={site.nodes} x {site.tasks} ranks = {processes}: "
-            "change either"
-        )
+    shared = 1 if isinstance(run, EncodeRun) else run.engine.sequence_parallel
+    if processes % shared or (data is not None and data.packs_per_step % (processes // shared)):
+        together = f", {shared} to a pack (engine.sequence_parallel)" if shared > 1 else ""
+        packs = "packs" if data is None else f"data.packs_per_step={data.packs_per_step}"
+        raise UserError(f"{packs} cannot be shared by site.nodes={site.nodes} x {site.tasks} ranks = {processes}{together}: change either")
 
 
 def _sweep(path: str | None) -> list[list[str]]:

@@ -1,12 +1,14 @@
 """Forks `dit` processes from one that has the imports done: `python tests/forked_dit.py`, commanded by lines of JSON.
 
 Each child is a process of its own with its own exit code and its own process group of ranks, as `python -m dit` would be, in a
-tenth of the time. {"start": argv, "env": {...}, "out": path, "err": path} answers a process id; {"poll": id} its exit code or null.
+tenth of the time; or it is a run of a script. {"start": argv, "env": {...}, "out": path, "err": path} answers a process id;
+{"poll": id} its exit code or null.
 """
 
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import traceback
@@ -23,15 +25,20 @@ SLOW_IMPORTS = (
 
 
 def child(request: dict[str, Any]) -> None:
-    """Become `dit ARGV`: never returns."""
+    """Become `dit ARGV`, or `python ARGV` if that is a script: never returns."""
     code = 1
     try:
         os.environ.update(request["env"])
         for descriptor, path in ((1, request["out"]), (2, request["err"])):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.argv = ["dit", *request["start"]]
-        code = importlib.import_module("dit.cli").main(request["start"])
+        if request["start"][0].endswith(".py"):
+            sys.argv = request["start"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            code = 0
+        else:
+            sys.argv = ["dit", *request["start"]]
+            code = importlib.import_module("dit.cli").main(request["start"])
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:  # as the interpreter does at its top

@@ -61,10 +61,12 @@ def children(pid: int) -> list[int]:
 class Forks:
     """`dit` commands as forks of one process that has imported everything."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder, self.count = folder, 0
         command = [sys.executable, str(REPOSITORY / "tests" / "forked_dit.py")]
-        self.parent = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.parent = subprocess.Popen(
+            command, env=ENVIRONMENT | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
 
     def ask(self, request: Mapping[str, Any]) -> int | None:
         assert self.parent.stdin is not None
@@ -75,7 +77,10 @@ class Forks:
         return json.loads(answer)
 
     def start(self, *argv: str, ranks: int = 1, fault: str = "") -> "Ranks":
-        """Start `dit ARGV`, as `ranks` processes of one group. fault: `point:rank:n`, see dit/runtime/faults.py."""
+        """Start `dit ARGV`, or a script if ARGV begins with one, as `ranks` processes of one group.
+
+        fault: `point:rank:n`, see dit/runtime/faults.py.
+        """
         self.count += 1
         port = free_port()
         pids, files = [], []
@@ -119,6 +124,17 @@ class Ranks:
                     self.send(signal.SIGKILL)
         failed = [code for code in self.codes.values() if code]
         return None if len(self.codes) < len(self.pids) else failed[0] if failed else 0
+
+    def own_codes(self) -> list[int]:
+        """How each ended by itself."""
+
+        def is_over(pid: int) -> bool:
+            if pid not in self.codes and (code := self.forks.ask({"poll": pid})) is not None:
+                self.codes[pid] = code
+            return pid in self.codes
+
+        wait_for(lambda: all(is_over(pid) for pid in self.pids))
+        return [self.codes[pid] for pid in self.pids]
 
     def wait(self) -> Done:
         """How it ended; the text of all ranks, one after another."""

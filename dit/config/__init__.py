@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, SizeRule, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import MethodConfig, TeacherConfig
+from dit.config.distillation import DiagnosisConfig, MethodConfig, TeacherConfig
 from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
 from dit.config.engine import EMAConfig, EngineConfig, GuardConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
@@ -71,6 +71,8 @@ class DistillRun(FitRun):
     method: MethodConfig
     data: DataConfig | None = None
     """None reuses the teacher's data."""
+    diagnosis: DiagnosisConfig | None = DiagnosisConfig()
+    """At previews: without `preview` there is none. null draws previews alone."""
 
     @model_validator(mode="after")
     def _differences_are_resolved(self) -> Self:

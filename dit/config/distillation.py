@@ -202,3 +202,16 @@ class TeacherConfig(Section):
     step: PositiveInt | None = None
     """Which checkpoint; None for the newest valid one."""
     weights: Literal["ema", "model"] = "ema"
+
+
+class DiagnosisConfig(Section):
+    """Student against teacher from the same noise, at previews and with their prompts: docs/guides/distill.md says how to read it."""
+
+    steps: tuple[PositiveInt, ...] = (1, 2, 4, 8)
+    """Numbers of steps in which both are drawn; a student that takes `student_steps` steps alone is drawn in those."""
+    noises: Annotated[int, Field(ge=2)] = 4
+    """Clips of each of preview.prompts, from different noise."""
+    teacher_steps: PositiveInt = 32
+    """Euler steps of the teacher whose result counts as right; rounded up to a multiple of 2 x student_steps."""
+    share: PositiveFloat = 0.05
+    """Most of the run's network calls that may go into diagnoses of the student; as many previews as need be are drawn without one."""

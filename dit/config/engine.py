@@ -32,9 +32,11 @@ class EngineConfig(Section):
     """bf16 keeps fp32 master weights, optimizer states and EMA."""
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: master weights, optimizer states and EMA stay in host memory, and the step is taken there. Stages 2 and 3."""
-
     whole_below: NonNegativeInt = 10_000
     """Under stage 3, parameters of fewer elements stay whole on every rank: a message would cost more than it saves."""
+    sequence_parallel: PositiveInt = 1
+    """Neighbouring ranks that compute a pack together, each a part of its tokens and, in self-attention, of the heads (Ulysses). Divides
+    the number of processes and backbone.num_heads; data.packs_per_step is dealt to world size / sequence_parallel groups."""
 
     @model_validator(mode="after")
     def _check_offload(self) -> "EngineConfig":

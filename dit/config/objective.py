@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import Section
-from dit.config.path import LearnedPath, PathConfig, RectifiedFlowPath, VPPath
+from dit.config.path import LearnedPath, PathConfig, Quantity, RectifiedFlowPath, VPPath
+from dit.config.weighting import ConstantWeighting, WeightingConfig
 
 
 class UniformTimes(Section):
@@ -60,68 +61,6 @@ class ExponentialShift(Section):
 ShiftConfig = Annotated[TokenShift | ExponentialShift, Field(discriminator="name")]
 
 
-Prediction = Literal["latents", "noise", "v", "velocity", "score", "edm"]
-
-
-class ConstantWeighting(Section):
-    name: Literal["constant"] = "constant"
-    space: Prediction | None = None
-    """Take the error of this quantity; None of what the network predicts."""
-
-
-class MinSNRWeighting(Section):
-    """min(SNR, gamma) on the error of the latents (Hang et al. 2023, arXiv:2303.09556, 3.4)."""
-
-    name: Literal["min_snr"]
-    gamma: PositiveFloat = 5.0
-
-
-class SNRPlusOneWeighting(Section):
-    """SNR + 1 on the error of the latents (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
-
-    name: Literal["snr_plus_one"]
-
-
-class TruncatedSNRWeighting(Section):
-    """max(SNR, 1) on the error of the latents (Salimans & Ho 2022, arXiv:2202.00512, 4)."""
-
-    name: Literal["truncated_snr"]
-
-
-class EDMWeighting(Section):
-    """SNR + 1 / sigma_data^2 on the error of the latents (Karras et al. 2022, arXiv:2206.00364, table 1)."""
-
-    name: Literal["edm"]
-
-
-class P2Weighting(Section):
-    """1 / (k + SNR)^gamma on the error of the noise (Choi et al. 2022, arXiv:2204.00227, eq. 8)."""
-
-    name: Literal["p2"]
-    gamma: NonNegativeFloat = 1.0
-    k: PositiveFloat = 1.0
-
-
-class SigmoidWeighting(Section):
-    """sigmoid(bias - ln SNR) on the error of the noise (Hoogeboom et al. 2024, arXiv:2410.19324, 3.1)."""
-
-    name: Literal["sigmoid"]
-    bias: float = -3.0
-
-
-class LogitNormalWeighting(Section):
-    """The logit-normal density of t on the error of the velocity, in place of drawing t from it (Esser et al. 2024, 3.1)."""
-
-    name: Literal["logit_normal"]
-    mean: float = 0.0
-    std: PositiveFloat = 1.0
-
-
-_SNRWeighting = MinSNRWeighting | SNRPlusOneWeighting | TruncatedSNRWeighting
-_OtherWeighting = EDMWeighting | P2Weighting | SigmoidWeighting | LogitNormalWeighting
-WeightingConfig = Annotated[ConstantWeighting | _SNRWeighting | _OtherWeighting, Field(discriminator="name")]
-
-
 class CleanTokens(Section):
     """Samples that keep a part of their tokens clean, at t = 0, so that edits can tell the network what is known."""
 
@@ -143,7 +82,7 @@ class _Conditional(Section):
 
 
 class _Continuous(_Conditional):
-    prediction: Prediction = "velocity"
+    prediction: Quantity = "velocity"
     """What the network answers with; `edm` preconditions it."""
     weighting: WeightingConfig = ConstantWeighting()
     huber: NonNegativeFloat = 0.0
@@ -152,7 +91,7 @@ class _Continuous(_Conditional):
     clean_tokens: CleanTokens | None = None
     """Train for edits with `known_by: {name: trained_masks}`; the loss is on the noised tokens only."""
     stratified: bool = False
-    """Draw the times of a pack one from each of as many equal parts of the distribution, for a loss of less variance."""
+    """Draw the times of a step one from each of as many equal parts of the distribution, for a loss of less variance. Holes keep theirs."""
     shift: ShiftConfig | None = None
     """Longer samples need more noise to lose their content; None for no shift. Without a name it is `tokens`."""
 

@@ -6,6 +6,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from data_pipelines.config import Section
 
+Quantity = Literal["latents", "noise", "v", "velocity", "score", "edm"]
+"""All that is linear in latents and noise. v = a noise - b latents (Salimans & Ho 2022, arXiv:2202.00512). velocity = d x_t / d t.
+score = -noise / b, the gradient of log p(x_t | latents). edm = the raw network of Karras et al. 2022, eq. 7."""
+
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
 
 

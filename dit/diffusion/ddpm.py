@@ -12,10 +12,11 @@ from torch import Tensor
 from data_pipelines import randomness
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.objective import DDPMConfig
+from dit.config.path import Quantity
 from dit.diffusion.chain import Posterior, Variance, gaussian_kl, log_variance, posterior
 from dit.diffusion.denoiser import Denoiser, ask
 from dit.diffusion.objectives import drop_conditions, noised
-from dit.diffusion.paths import Path, Quantity, VariancePreserving, betas_of, on_tokens
+from dit.diffusion.paths import Path, VariancePreserving, betas_of, on_tokens
 from dit.diffusion.times import uniforms
 from dit.runtime.losses import Losses
 
@@ -35,7 +36,7 @@ class DDPM:
     def __call__(self, denoiser: Denoiser, batch: PackedLatents, progress: float) -> Losses:
         """Loss of each sample, zero for holes. denoiser: the raw network, one call of it."""
         config, path, channels = self.config, self.path, batch.tokens.shape[1]
-        steps = torch.searchsorted(self.probabilities.cumsum(0), uniforms(batch.keys, False)).clamp(max=path.steps - 1)
+        steps = torch.searchsorted(self.probabilities.cumsum(0), uniforms(batch.keys, None)).clamp(max=path.steps - 1)
         weight = 1 / (path.steps * self.probabilities[steps])  # (n,), 1 for uniform steps
         x_t, noise, t = noised(batch, (steps + 1) / path.steps, path)
         cond = drop_conditions(batch.cond, batch.keys, config.condition_dropout, self.null_text, self.null_label)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from data_pipelines.packed import Conditioning
-from dit.diffusion.paths import Path, Quantity, on_tokens
+from dit.config.path import Quantity
+from dit.diffusion.paths import Path, on_tokens
 
 
 class Denoiser(Protocol):

@@ -207,19 +207,21 @@ def pack_of_points(latents: Tensor, first_key: int) -> PackedLatents:
 
 
 def _print_edits(count: int) -> None:
-    truth, value, sampling = TokenMixture.standard(), torch.tensor([0.9], dtype=torch.float64), SamplingConfig(sampler="heun", steps=40)
-    known = Known(torch.stack([value, value * 0], dim=1).repeat(1, count).T, torch.tensor([True, False]).repeat(count))
+    """How far the second tokens of `count` pairs end from p(second | first = 0.9), by what the network is told of the first."""
+    truth, value = TokenMixture.standard(), torch.tensor([0.9], dtype=torch.float64)
+    known = Known(torch.tensor([0.9, 0.0], dtype=torch.float64).repeat(count)[:, None], torch.tensor([True, False]).repeat(count))
     cond, quantiles = pack_conditioning([(2 * count, 1, 1)], [torch.zeros(1, 4)]), truth.given(value).quantiles(count)
     told = Told(truth, RECTIFIED_FLOW, known.latents, known.mask)
-    print("\n| second token of a pair, given the first | Wasserstein-2 to the conditional |\n|---|---|")
-    rows: list[tuple[str, Denoiser, int]] = [
-        ("told clean tokens", told, 1),
-        ("replacement", truth, 1),
-        ("replacement, 10 times", truth, 10),
+    print("\n| second token of a pair, given the first | steps | repeats | jump | Wasserstein-2 |\n|---|---|---|---|---|")
+    rows: list[tuple[str, Denoiser, tuple[int, int, int]]] = [
+        ("told clean tokens", told, (40, 1, 1)),
+        *(("replacement", truth, resampling) for resampling in ((40, 1, 4), (40, 10, 4), (160, 10, 12), (160, 24, 12))),
     ]
-    for name, denoiser, repeats in rows:
-        drawn = complete(denoiser, known, cond, [0], levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats, 4)[1::2, 0]
-        print(f"| {name} | {float((drawn.sort().values - quantiles).square().mean().sqrt()):.4f} |")
+    for name, denoiser, (steps, repeats, jump) in rows:
+        sampling = SamplingConfig(sampler="ancestral", steps=steps, shift=0.3)
+        drawn = complete(denoiser, known, cond, [0], levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats, jump)[1::2, 0]
+        error = float((drawn.sort().values - quantiles).square().mean().sqrt())
+        print(f"| {name} | {steps} | {repeats} | {jump} | {error:.4f} |")
 
 
 def main(count: int = 1000, steps: tuple[int, ...] = (10, 20, 50)) -> None:

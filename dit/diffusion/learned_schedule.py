@@ -76,7 +76,7 @@ class VariationalDiffusion:
     def __call__(self, network: Denoiser, batch: PackedLatents, progress: float) -> Losses:
         """The bound of each sample, zero for holes. network: predicts noise and carries its schedule; one call of it."""
         schedule = schedule_of(network)
-        t = uniforms(batch.keys, stratified=False).to(batch.tokens.device)
+        t = uniforms(batch.keys, None).to(batch.tokens.device)
         come, slope = schedule.progress(t)
         level = _Fixed(schedule.between(come, slope), come)
         x_t, noise, _ = noised(batch, t, level)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines import randomness
-from data_pipelines.packed import Conditioning, PackedLatents
+from data_pipelines.packed import Conditioning, InStep, PackedLatents
 from dit.config.objective import DiffusionConfig, RectifiedFlowConfig
 from dit.diffusion import times
 from dit.diffusion.clean_tokens import beside_clean, draw_clean
@@ -42,7 +42,9 @@ class Regression:
     def __call__(self, denoiser: Denoiser, batch: PackedLatents, progress: float) -> Losses:
         """Loss of each sample, zero for holes, and the t of its noised tokens. denoiser: the raw network, one call of it."""
         config = self.config
-        levels = times.draw(config.times, config.shift, batch.keys, batch.cond.lengths, self.path, config.stratified)
+        place = batch.place or InStep(0, len(batch.keys), batch.keys[0])
+        stratum = place if config.stratified else None
+        levels = times.draw(config.times, config.shift, batch.keys, batch.cond.lengths, self.path, stratum)
         x_t, noise, t = noised(batch, levels, self.path)
         cond = drop_conditions(batch.cond, batch.keys, config.condition_dropout, self.null_text, self.null_label)
         clean = draw_clean(config.clean_tokens, batch.keys, batch.cond.grids)

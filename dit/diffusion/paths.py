@@ -7,17 +7,13 @@ they meet tokens. Must not know networks, draws or losses.
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple, assert_never
+from typing import NamedTuple, assert_never
 
 import torch
 from torch import Tensor
 
 from data_pipelines.packed import Conditioning
-from dit.config.path import EDMPath, PathConfig, RectifiedFlowPath, TrigFlowPath, VEPath, VPPath
-
-Quantity = Literal["latents", "noise", "v", "velocity", "score", "edm"]
-"""All that is linear in latents and noise. v = a noise - b latents (Salimans & Ho 2022, arXiv:2202.00512). velocity = d x_t / d t.
-score = -noise / b, the gradient of log p(x_t | latents). edm = the raw network of Karras et al. 2022, eq. 7."""
+from dit.config.path import EDMPath, PathConfig, Quantity, RectifiedFlowPath, TrigFlowPath, VEPath, VPPath
 
 _SINGULAR = 1e-10
 _LEAST_SIGMA = 1e-4

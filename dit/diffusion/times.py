@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import assert_never
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from data_pipelines import randomness
 from data_pipelines.errors import UserError
+from data_pipelines.packed import InStep
 from dit.config.objective import (
     ExponentialShift,
     KarrasSteps,
@@ -74,13 +76,16 @@ def shifts(lengths: Sequence[int], config: ShiftConfig | None) -> Tensor:
     return torch.tensor([shift_of(length, config) for length in lengths], dtype=torch.float64)
 
 
-def uniforms(keys: Sequence[int], stratified: bool, purpose: str = "time") -> Tensor:
-    """A number in [0, 1) for each key, (n,) float64. Stratified: one in each of n equal parts, in an order that depends on the keys."""
+def uniforms(keys: Sequence[int], place: InStep | None, purpose: str = "time") -> Tensor:
+    """A number in [0, 1) for each key, (n,) float64; with `place` in one of as many equal parts as the step has samples, each its own."""
     u = torch.tensor([randomness.uniform(key, purpose) for key in keys], dtype=torch.float64)
-    if not stratified:
-        return u
-    parts = torch.tensor([randomness.uniform(key, purpose, "part") for key in keys], dtype=torch.float64).argsort().argsort()
-    return (parts + u) / len(keys)
+    return u if not place else (_parts(place.samples, place.key)[place.first : place.first + len(keys)] + u) / place.samples
+
+
+@lru_cache(maxsize=2)
+def _parts(samples: int, key: int) -> Tensor:
+    """(samples,) a random order of 0 .. samples - 1, for the samples of a step lie in it by their length."""
+    return torch.tensor(sorted(range(samples), key=lambda number: randomness.key(key, "part", number)))
 
 
 def draw(
@@ -89,10 +94,10 @@ def draw(
     keys: Sequence[int],
     lengths: Sequence[int],
     path: Path = RECTIFIED_FLOW,
-    stratified: bool = False,
+    place: InStep | None = None,
 ) -> Tensor:
-    """One level t for each sample, from its key and its number of tokens: (n,) float64 on the CPU."""
-    return shift(from_uniform(config, uniforms(keys, stratified), path), shifts(lengths, shift_config))
+    """One level t for each sample, from its key and its number of tokens, and with `place` stratified: (n,) float64 on the CPU."""
+    return shift(from_uniform(config, uniforms(keys, place), path), shifts(lengths, shift_config))
 
 
 def schedule(

@@ -9,7 +9,8 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from dit.config.objective import (
+from dit.config.path import Quantity
+from dit.config.weighting import (
     ConstantWeighting,
     EDMWeighting,
     LogitNormalWeighting,
@@ -20,7 +21,7 @@ from dit.config.objective import (
     TruncatedSNRWeighting,
     WeightingConfig,
 )
-from dit.diffusion.paths import Path, Quantity
+from dit.diffusion.paths import Path
 
 
 def weight_of(config: WeightingConfig, prediction: Quantity, path: Path, t: Tensor) -> tuple[Quantity, Tensor]:

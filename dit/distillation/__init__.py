@@ -25,12 +25,13 @@ from dit.distillation.distribution_matching import DistributionMatching, ScoreRe
 from dit.distillation.flow import Alternating, Distillation, Objective
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
-from dit.distillation.networks import Judge, heads_of, judge_of, student_of, turn_of, with_critic
+from dit.distillation.networks import Discriminator, discriminator_of, heads_of, student_of, turn_of, with_critic
 from dit.distillation.progressive import Progressive
+from dit.distillation.traits import step_calls, traits_of
 
 
 def build_distillation(
-    config: Method, teacher: Denoiser, token_shift: ShiftConfig | None, critic: Denoiser | None = None, judge: Judge | None = None
+    config: Method, teacher: Denoiser, token_shift: ShiftConfig | None, critic: Denoiser | None = None, judge: Discriminator | None = None
 ) -> Distillation | Alternating:
     """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training.
 
@@ -82,6 +83,7 @@ def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> Spatio
 
 __all__ = [
     "Adversarial",
+    "Alternating",
     "ConsistencyDistillation",
     "ContinuousConsistency",
     "Distillation",
@@ -91,12 +93,14 @@ __all__ = [
     "ScoreRegularised",
     "build_distillation",
     "build_student_sampling",
+    "discriminator_of",
     "heads_of",
-    "judge_of",
     "objective_at",
+    "step_calls",
     "student_backbone",
     "student_of",
     "teacher_gap",
+    "traits_of",
     "turn_of",
     "with_critic",
 ]

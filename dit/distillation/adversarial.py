@@ -16,7 +16,7 @@ from dit.diffusion.draws import noise_tokens
 from dit.diffusion.objectives import noised
 from dit.diffusion.paths import on_tokens
 from dit.distillation.flow import Objective, Walk
-from dit.distillation.networks import Judge, turn_of
+from dit.distillation.networks import Discriminator, turn_of
 from dit.runtime.losses import Losses
 
 
@@ -26,7 +26,7 @@ class Adversarial:
     The student denoises data from a level of its own sampler, drawn by key; at t = 1 that is generation from noise.
     """
 
-    def __init__(self, config: AdversarialConfig, teacher: Denoiser, judge: Judge, token_shift: ShiftConfig | None) -> None:
+    def __init__(self, config: AdversarialConfig, teacher: Denoiser, judge: Discriminator, token_shift: ShiftConfig | None) -> None:
         self.config, self.teacher, self.judge, self.token_shift = config, teacher, judge, token_shift
 
     def at(self, step: int) -> Objective:
@@ -65,13 +65,13 @@ class Adversarial:
     def _made(self, student: Denoiser, batch: PackedLatents) -> tuple[Tensor, Tensor]:
         """What the student makes of data at a level of its sampler, (L, P), and the levels, (n,)."""
         steps, k = self.config.student_steps, times.shifts(batch.cond.lengths, self.token_shift)
-        level = 1 - (times.uniforms(batch.keys, False) * steps).floor() / steps
+        level = 1 - (times.uniforms(batch.keys, None) * steps).floor() / steps
         x_t, _, t = noised(batch, times.shift(level, k))
         return x_t - on_tokens(t, batch.cond, x_t) * student(x_t, t, batch.cond.over(t)).float(), t
 
 
 def judged(
-    judge: Judge,
+    judge: Discriminator,
     tokens: Tensor,
     batch: PackedLatents,
     config: HeadsConfig,
@@ -83,7 +83,7 @@ def judged(
 
     purpose: of the noise. step: size of a random step away from the noised tokens.
     """
-    u = times.from_uniform(config.times, times.uniforms(batch.keys, False, "judged time"))
+    u = times.from_uniform(config.times, times.uniforms(batch.keys, None, "judged time"))
     t = times.shift(u, times.shifts(batch.cond.lengths, token_shift)).to(tokens)
     noise = noise_tokens(batch.keys, batch.cond.lengths, tokens.shape[1], purpose).to(tokens)
     x_t = times.RECTIFIED_FLOW.interpolate(tokens, noise, t, batch.cond)

@@ -18,7 +18,7 @@ from dit.diffusion.paths import on_tokens
 from dit.distillation.adversarial import judged
 from dit.distillation.continuous_consistency import ContinuousConsistency
 from dit.distillation.flow import Objective, Walk
-from dit.distillation.networks import Judge, turn_of
+from dit.distillation.networks import Discriminator, turn_of
 from dit.runtime.losses import Losses
 
 
@@ -35,7 +35,7 @@ class DistributionMatching:
         student_steps: int,
         teacher: Denoiser,
         critic: Denoiser,
-        judge: Judge | None,
+        judge: Discriminator | None,
         token_shift: ShiftConfig | None,
     ) -> None:
         self.config, self.student_steps, self.token_shift = config, student_steps, token_shift
@@ -113,7 +113,7 @@ class DistributionMatching:
 
     def _levels(self, batch: PackedLatents) -> Tensor:
         low, high = self.config.ends
-        u = low + (high - low) * times.from_uniform(self.config.times, times.uniforms(batch.keys, False))
+        u = low + (high - low) * times.from_uniform(self.config.times, times.uniforms(batch.keys, None))
         return times.shift(u, times.shifts(batch.cond.lengths, self.token_shift))
 
 

@@ -49,8 +49,8 @@ class MeanFlow:
 
     def _levels(self, batch: PackedLatents) -> tuple[Tensor, Tensor]:
         """t and r of each sample, (n,) float64: two draws in order, the same draw twice for `plain_fraction` of the samples."""
-        drawn = [times.from_uniform(self.config.times, times.uniforms(batch.keys, False, purpose)) for purpose in ("time", "jump")]
-        plain = times.uniforms(batch.keys, False, "plain") < self.config.plain_fraction
+        drawn = [times.from_uniform(self.config.times, times.uniforms(batch.keys, None, purpose)) for purpose in ("time", "jump")]
+        plain = times.uniforms(batch.keys, None, "plain") < self.config.plain_fraction
         first, second = drawn[0], torch.where(plain, drawn[0], drawn[1])
         k = times.shifts(batch.cond.lengths, self.token_shift)
         return times.shift(torch.maximum(first, second), k), times.shift(torch.minimum(first, second), k)

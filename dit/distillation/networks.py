@@ -15,7 +15,7 @@ from data_pipelines.packed import Conditioning
 from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, HeadsConfig, Method, ScoreRegularisedConfig
 from dit.diffusion.denoiser import Denoiser
 
-Judge = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Discriminator = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """From x_t (L, P), t (R,) and conditions to logits (L, heads), float32: high for noised data, low for noised samples of the student."""
 
 
@@ -88,8 +88,8 @@ def with_critic(config: Method, student: nn.Module, teacher: nn.Module, width: i
             return student
 
 
-def student_of(module: nn.Module) -> Denoiser:
-    """The student in what `with_critic` made."""
+def student_of(module: Denoiser) -> Denoiser:
+    """The student in what `with_critic` made; what has none is one."""
     return partial(module, "student") if isinstance(module, Networks) else module
 
 
@@ -104,7 +104,7 @@ def heads_of(config: Method) -> HeadsConfig | None:
             return None
 
 
-def judge_of(config: Method, module: nn.Module, teacher: nn.Module) -> Judge | None:
+def discriminator_of(config: Method, module: nn.Module, teacher: nn.Module) -> Discriminator | None:
     """What the heads in `module` say, if there are any: of the teacher's tokens, or of the critic's own."""
     heads = heads_of(config)
     if heads is None:

@@ -29,7 +29,7 @@ class Progressive:
 
     def __call__(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
         """Loss of each sample, zero for holes. Calls the student once."""
-        levels = self._levels(times.uniforms(batch.keys, False), batch.cond.lengths)
+        levels = self._levels(times.uniforms(batch.keys, None), batch.cond.lengths)
         x_t, _, t = noised(batch, levels[0])
         _, mean = follow(self.teacher, x_t, levels, batch.cond, euler_slope)
         error = (euler_slope(student, x_t, t, levels[-1].to(t), batch.cond).float() - mean).square()

@@ -34,6 +34,7 @@ def prepare(pack: RawPack, codec: LatentCodec, text_encoder: TextEncoder, patch:
         keys=tuple(sample.key for sample in samples),
         ids=tuple(sample.id for sample in samples),
         weights=torch.tensor([1.0 if sample.error is None else 0.0 for sample in samples]),
+        place=pack.place,
     )
     return packed.to(device)
 

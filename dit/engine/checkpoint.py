@@ -11,6 +11,7 @@ Nothing here is read before it is verified, and nothing in memory changes before
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from dit.engine.turns import is_of
 from dit.runtime import distributed, faults
 
 log = logging.getLogger(__name__)
+READERS = 4
+"""Threads that fill tensors from files that verification has left in the page cache."""
 OLD_KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 """Of checkpoints that do not say what they hold."""
 
@@ -146,9 +149,10 @@ def _fill(engine: Engine, pieces: Pieces, folder: Path) -> None:
     lacking = sorted({name for names in distributed.gather_json(short) for name in names})
     if lacking:
         raise NoValidCheckpoint(f"{folder} is intact but incomplete, it lacks parts of {', '.join(lacking[:10])} ({len(lacking)} tensors)")
-    for fragment in fragments:
-        for kind, view in fragment.views.items():
-            pieces.copy(kind, fragment.name, fragment.start, view)
+    with ThreadPoolExecutor(READERS) as readers:
+        copies = [readers.submit(pieces.copy, kind, f.name, f.start, view) for f in fragments for kind, view in f.views.items()]
+    for copy in copies:
+        copy.result()
 
 
 def _check_same_model(state: Mapping[str, Any], engine: Engine, folder: Path) -> None:

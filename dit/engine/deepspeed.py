@@ -55,6 +55,7 @@ class ZeroShards:
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(run, accumulation))
         self._zero: Any = self._engine.optimizer
         self._module, self._stage = module, run.engine.zero_stage
+        self.publish()  # stage 3 would gather small weights at the first call of their module, and a learned schedule is never called
 
     @property
     def masters(self) -> list[Tensor]:

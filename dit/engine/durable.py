@@ -9,7 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,23 @@ def staging_name(step: int) -> str:
 
 def seal(path: Path) -> Entry:
     """Flush the file at `path` to the disk and describe it for the manifest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    _flush(path)
     return {"name": path.name, "length": path.stat().st_size, "xxh3_64": checksum(path)}
 
 
 def publish(staged: Path, root: Path, step: int, entries: Sequence[Entry]) -> Path:
     """Write the manifest of the sealed files of `staged`, flush, and make the folder appear under its name in one rename."""
     faults.point("save.sealed")
-    (staged / MANIFEST).write_bytes(_manifest(step, entries))
-    seal(staged / MANIFEST)
-    _flush_folder(staged)
+    with naming(staged / MANIFEST):
+        (staged / MANIFEST).write_bytes(_manifest(step, entries))
+    _flush(staged / MANIFEST)
+    _flush(staged)
     faults.point("save.manifested")
     final = step_folder(root, step)
     if final.exists():  # left by an earlier run of the same step: an invalid one, or a resume behind it
         final.rename(root / f".replaced-{final.name}")
     staged.rename(final)
-    _flush_folder(root)
+    _flush(root)
     faults.point("save.published")
     shutil.rmtree(root / f".replaced-{final.name}", ignore_errors=True)
     hint = root / ".latest"
@@ -110,10 +111,10 @@ def retain(root: Path, keep: int, newest_valid: int, every: int | None = None) -
 
 def checksum(path: Path) -> str:
     """xxh3_64 of a file, as hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest, block = xxhash.xxh3_64(), memoryview(bytearray(1 << 20))  # as much as stays in the processor's cache
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return digest.hexdigest()
 
 
@@ -134,9 +135,20 @@ def _file_problem(path: Path, entry: Entry) -> str | None:
         return f"{path}: {error.strerror}"
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Have a file or a folder on the disk."""
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say of errors of the disk inside that they are of `path`: those of a descriptor do not."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

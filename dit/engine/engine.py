@@ -94,7 +94,8 @@ class Engine:
 
         After all packs of all ranks, the gradient is that of the mean loss of the global step.
         """
-        self._shards.backward(loss_sum * (distributed.world_size() / step_samples))  # averaged over ranks what here is a sum
+        # Averaged over ranks what here is a sum; ranks that compute a pack together each have its whole loss and a part of its gradient.
+        self._shards.backward(loss_sum * (distributed.data_world_size() / step_samples))
         self._step_samples = step_samples
 
     def optimizer_step(self, loss: float) -> Outcome:

@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from dit.runtime.losses import Losses
 from dit.runtime.signals import StopSignals
 
 log = logging.getLogger(__name__)
+Made = TypeVar("Made")
 FEWEST_SAMPLES = 10_000
 """The share of bad samples is taken of at least this many (or of the whole run), so that one early bad sample ends no run."""
 
@@ -34,7 +35,7 @@ class StepPacks(Protocol):
 
     packs: micro-batches, each with `ids` of its samples and their token `grids`. samples: how many the step has over all ranks.
     position: named tuple, where the stream goes on after this step. bad: (id, reason) of this rank's samples that could not be
-    read, holes in the packs.
+    read, holes in the packs; of the ranks that compute a pack together, one names them.
     """
 
     @property
@@ -45,6 +46,15 @@ class StepPacks(Protocol):
     def position(self) -> Any: ...
     @property
     def bad(self) -> Sequence[tuple[str, str]]: ...
+
+
+class Judge(Protocol):
+    """Figures of the averaged weights, by name, every so many steps."""
+
+    @property
+    def every_steps(self) -> int: ...
+
+    def __call__(self, module: nn.Module, step: int, /) -> Mapping[str, float | None]: ...
 
 
 LossesOf = Callable[[Any, float], Losses]
@@ -71,6 +81,7 @@ def fit(
     leave_out: Callable[[Sequence[str]], None] | None = None,
     validate: Callable[[nn.Module], HeldOut] | None = None,
     preview: Callable[[nn.Module, int], Tensor | None] | None = None,
+    judge: Judge | None = None,
     flops_of: Callable[[Any], float] | None = None,
 ) -> FitResult:
     """Train until `train.samples`, or until asked to stop; either way the last step is saved.
@@ -78,7 +89,7 @@ def fit(
     losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same losses on all.
     left_out: ids that were unusable before the checkpoint it goes on from. leave_out(ids) is told those of each step, on all ranks alike.
     preview(module, step) draws with the averaged weights, on the first rank, under ZeRO stage 3 on all; videos (B, T, H, W, 3) that
-    it returns go to TensorBoard.
+    it returns go to TensorBoard. judge(module, step) is called in the same way; its figures join the line of the step as "student".
     flops_of(pack): floating-point operations of its forward and backward pass.
     Raises UntrustedStep, DataBudgetExceeded, UserError (disk), on all ranks.
     """
@@ -107,7 +118,9 @@ def fit(
             loss = totals.loss
             progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops, outcome.network)
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
-            _record(records, progress, engine, totals, outcome, validate(engine.module) if validate and is_due else None)
+            losses = validate(engine.module) if validate and is_due else None
+            student = _with_averages(judge, engine, records) if judge and engine.step % judge.every_steps == 0 else None
+            _record(records, progress, engine, totals, outcome, losses, student)
             if outcome.verdict.action != "take":
                 answer(outcome, engine, records, saver, tally, batch)
             found = budget.spend(totals.bad, batch.bad, engine.step)
@@ -183,6 +196,7 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
     """
     step, (action, reason) = engine.step, (outcome.verdict.action, outcome.verdict.reason)
     facts = [{"rank": distributed.rank(), "grids": [list(pack.grids) for pack in batch.packs], "samples": tally.samples()}]
+    facts = facts if distributed.sequence_rank() == 0 else []  # the others have the same packs
     norm = outcome.grad_norm if math.isfinite(outcome.grad_norm) else str(outcome.grad_norm)
     record = {"step": step, "action": action, "reason": reason, "grad_norm": norm, "lr": engine.lr}
     records.untrusted(record | {"ranks": [fact for facts in distributed.gather_json(facts) for fact in facts]})
@@ -202,7 +216,15 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
         )
 
 
-def _record(records: Records, progress: Progress, engine: Engine, totals: Totals, outcome: Outcome, losses: HeldOut | None) -> None:
+def _record(
+    records: Records,
+    progress: Progress,
+    engine: Engine,
+    totals: Totals,
+    outcome: Outcome,
+    losses: HeldOut | None,
+    student: Mapping[str, float | None] | None,
+) -> None:
     measured = {"loss": totals.loss, "grad_norm": outcome.grad_norm, "lr": engine.lr, **totals.figures}
     figures = {name: value if math.isfinite(value) else None for name, value in measured.items()}  # JSON has no NaN
     line: dict[str, Any] = {
@@ -222,6 +244,9 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
         records.scalars({f"val/{name}": value for name, value in held_out.scalars(cells).items()}, engine.step)
         if records.is_writer:
             log.info("held-out loss %.4g: %s", cells["all"]["loss"], held_out.in_words(cells["all"]))
+    if student:
+        line["student"] = {name: value if value is not None and math.isfinite(value) else None for name, value in student.items()}
+        records.scalars({f"student/{name}": value for name, value in line["student"].items() if value is not None}, engine.step)
     records.step(line)
     bins = {f"loss_t/{name}": value for name, value in totals.bins.items()}
     folder = f"train/{outcome.network}" if outcome.network else "train"
@@ -235,11 +260,18 @@ def _record(records: Records, progress: Progress, engine: Engine, totals: Totals
 
 
 def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, records: Records) -> None:
-    with engine.ema_weights() as module:
-        videos = preview(module, engine.step) if records.is_writer or engine.run.engine.zero_stage == 3 else None
-        distributed.barrier()
+    videos = _with_averages(preview, engine, records)
     if videos is not None:
         records.videos(videos, engine.step)
+
+
+def _with_averages(call: Callable[[nn.Module, int], Made], engine: Engine, records: Records) -> Made | None:
+    """What `call` makes of the averaged weights; None where it is not called."""
+    with engine.ema_weights() as module:
+        together = engine.run.engine.zero_stage == 3 or distributed.sequence_parallel() > 1
+        made = call(module, engine.step) if records.is_writer or together else None
+        distributed.barrier()
+    return made
 
 
 def _peak_of_all_devices(run: FitRun) -> float | None:

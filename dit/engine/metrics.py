@@ -12,6 +12,8 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from dit.engine.durable import naming
+
 
 class JsonLines:
     """A file of JSON objects, one a line, each with its "step". Opened behind `step`: later lines are of work that was lost."""
@@ -24,7 +26,8 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object; floats keep every digit."""
-        self._file.write(json.dumps(record) + "\n")
+        with naming(self.path):
+            self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -131,7 +134,7 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as file:
+    with naming(path), temporary.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

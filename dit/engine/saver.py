@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import StorageUnavailable, UserError
 from dit.config import FitRun, TrainRun
 from dit.engine import durable, tensors
 from dit.engine.engine import Engine
@@ -47,12 +47,12 @@ class Saver:
     def check_space(self, engine: Engine) -> None:
         """Raise UserError on all ranks unless the disk has room for the checkpoints that the run will keep."""
         missing = self.train.keep_checkpoints + 1 - len(durable.published(self.root))
-        self._check_space(sum(view.nbytes for f in engine.owned() for view in f.views.values()), max(1, missing))
+        self._check_space(sum(view.nbytes for f in engine.owned() for view in f.views.values()), max(1, missing), UserError)
 
     def save(self, engine: Engine, position: Position) -> None:
         """Write a checkpoint of `engine`. Returns when it is copied, or with train.async_save off when it is published.
 
-        Raises UserError on all ranks, with nothing published, if this or the save before could not be written.
+        Raises StorageUnavailable on all ranks, with nothing published, if this or the save before could not be written.
         """
         self.finish()
         faults.point("save.begun")
@@ -89,7 +89,7 @@ class Saver:
         staged = self.root / durable.staging_name(step)
         path = staged / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         try:
-            self._check_space(sum(view.nbytes for view in views.values()), 1)
+            self._check_space(sum(view.nbytes for view in views.values()), 1, StorageUnavailable)
             self._on_first(lambda: durable.stage(self.root, step))
             faults.point("save.staged")
             entries = self._together(lambda: tensors.write(path, views))
@@ -102,7 +102,8 @@ class Saver:
 
     def _publish(self, staged: Path, step: int, entries: list[durable.Entry], state: Mapping[str, Any]) -> None:
         path = staged / "state.json"
-        path.write_text(json.dumps(state, indent=1) + "\n")
+        with durable.naming(path):
+            path.write_text(json.dumps(state, indent=1) + "\n")
         durable.publish(staged, self.root, step, [*entries, durable.seal(path)])
         durable.retain(self.root, self.train.keep_checkpoints, newest_valid=step, every=self.train.keep_every_steps)
         faults.point("save.retained")
@@ -115,7 +116,10 @@ class Saver:
             outcome = {"error": f"rank {distributed.rank()}: {error}"}
         outcomes = distributed.gather_json(outcome, self._group)
         if errors := [outcome["error"] for outcome in outcomes if "error" in outcome]:
-            raise UserError(f"cannot write a checkpoint to {self.root}: {'; '.join(errors)}. Earlier ones are as they were; check `out`")
+            raise StorageUnavailable(
+                f"cannot write a checkpoint to {self.root}: {'; '.join(errors)}. Earlier ones are as they were; "
+                "mend the disk of `out`, then start the same command"
+            )
         return [outcome["got"] for outcome in outcomes]
 
     def _on_first(self, action: Callable[[], object]) -> None:
@@ -125,7 +129,7 @@ class Saver:
 
         self._together(once)
 
-    def _check_space(self, size: int, count: int) -> None:
+    def _check_space(self, size: int, count: int, refusal: type[UserError]) -> None:
         def facts_here() -> tuple[int, int]:
             self.root.mkdir(parents=True, exist_ok=True)
             return size, shutil.disk_usage(self.root).free
@@ -135,7 +139,7 @@ class Saver:
         if free < needed:
             sizes = f"{needed / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free"
             what = "a checkpoint needs" if count == 1 else f"{count} checkpoints need"
-            raise UserError(f"{self.root}: {what} {sizes}. Make room, lower train.keep_checkpoints, or change `out`")
+            raise refusal(f"{self.root}: {what} {sizes}. Make room, lower train.keep_checkpoints, or change `out`")
 
 
 def state_of(engine: Engine, position: Position) -> dict[str, Any]:

@@ -62,14 +62,17 @@ class Tally:
         low, high = sum(h & 0xFFFFFF for h in hashes), sum(h >> 39 for h in hashes)  # exact in float64 for 2^29 samples
         figures = [torch.cat(parts).double() for parts in self._figures.values()]  # (n,) each
         diagnosed = [torch.stack([figure.nansum(), figure.isfinite().sum()]) for figure in figures]  # (2,) each
-        facts = losses.new_tensor([len(bad), stop, low, high, self.flops])  # (5,)
-        summed = distributed.all_reduce_sum(torch.cat([losses.sum()[None], facts, sums, counts, *diagnosed])).tolist()
-        bins = zip(summed[6 : 6 + BINS], summed[6 + BINS : 6 + 2 * BINS], strict=True)
+        facts = losses.new_tensor([len(bad), low, high, self.flops])  # (4,)
+        own = torch.cat([losses.sum()[None], facts, sums, counts, *diagnosed])
+        if distributed.sequence_rank() > 0:  # the first of the ranks that compute a pack counts it
+            own = torch.zeros_like(own)
+        *summed, stops = distributed.all_reduce_sum(torch.cat([own, own.new_tensor([stop])])).tolist()
+        bins = zip(summed[5 : 5 + BINS], summed[5 + BINS : 5 + 2 * BINS], strict=True)
         named = {f"{i / BINS:.1f}-{(i + 1) / BINS:.1f}": loss / n for i, (loss, n) in enumerate(bins) if n}
-        ids_hash = f"{int(summed[4]) & 0xFFFFFF:06x}{int(summed[3]) & 0xFFFFFF:06x}"
-        means = zip(self._figures, summed[6 + 2 * BINS :: 2], summed[7 + 2 * BINS :: 2], strict=True)
+        ids_hash = f"{int(summed[3]) & 0xFFFFFF:06x}{int(summed[2]) & 0xFFFFFF:06x}"
+        means = zip(self._figures, summed[5 + 2 * BINS :: 2], summed[6 + 2 * BINS :: 2], strict=True)
         figure_means = {name: total / n for name, total, n in means if n}
-        return Totals(summed[0] / samples, int(summed[1]), summed[2] > 0, ids_hash, summed[5], named, figure_means)
+        return Totals(summed[0] / samples, int(summed[1]), stops > 0, ids_hash, summed[4], named, figure_means)
 
     def samples(self) -> list[dict[str, Any]]:
         """Id, time and loss of each sample of this rank; a loss that JSON has no number for as text."""

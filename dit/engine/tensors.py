@@ -1,21 +1,23 @@
 """Tensors in files: written in the safetensors format with a checksum on the way, read by address from any number of files."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 import xxhash
-from safetensors import safe_open
 from torch import Tensor
 
 from dit.engine import durable
 from dit.runtime import faults
 
-BLOCK = 1 << 24
-"""Bytes written at a time."""
+BLOCK, FLUSH = 1 << 24, 1 << 25
+"""Bytes written at a time, and bytes after which the disk begins to take them, while more are written."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> durable.Entry:
@@ -30,54 +32,78 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> durable.Entry:
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = xxhash.xxh3_64(len(text).to_bytes(8, "little") + text)
-    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with durable.naming(path), path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as disk:
+        out = _Out(file, hasher, disk)
+        out.write(memoryview(len(text).to_bytes(8, "little") + text))
         for number, tensor in enumerate(tensors.values()):
             if number == len(tensors) // 2:
                 faults.point("save.half_written")
-            array: Any = tensor.detach().cpu().contiguous().numpy()
-            data = memoryview(array).cast("B")
+            data = _bytes_of(tensor.detach().cpu().contiguous())
             for start in range(0, len(data), BLOCK):
-                block = data[start : start + BLOCK]
-                hashed = hasher.submit(digest.update, block)  # beside the write; both let go of the interpreter
-                written = file.write(block)
-                hashed.result()
-                if written != len(block):
-                    raise OSError(f"{path}: only {written} of {len(block)} bytes could be written")
+                out.write(data[start : start + BLOCK])
+        out.flushed.result()
         os.fsync(file.fileno())
-        return {"name": path.name, "length": file.tell(), "xxh3_64": digest.hexdigest()}
+        return {"name": path.name, "length": file.tell(), "xxh3_64": out.digest.hexdigest()}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous `tensor` on the CPU."""
+    array: Any = tensor.numpy()
+    return memoryview(array).cast("B")
+
+
+class _Out:
+    """A file that is hashed and flushed by two threads while a third writes on; all three let go of the interpreter."""
+
+    def __init__(self, file: Any, hasher: Executor, disk: Executor) -> None:
+        self.file, self.hasher, self.disk, self.digest = file, hasher, disk, xxhash.xxh3_64()
+        self.unflushed = 0
+        self.flushed: Future[None] = disk.submit(lambda: None)
+
+    def write(self, data: memoryview) -> None:
+        """Write all of `data`. Raises OSError if the disk does not take it, or has not taken what was written before."""
+        hashed = self.hasher.submit(self.digest.update, data)
+        written = 0
+        while written < len(data):
+            written += self.file.write(data[written:])
+        hashed.result()
+        self.unflushed += written
+        if self.unflushed >= FLUSH and self.flushed.done():
+            self.flushed.result()  # an error is told once: not by the last fsync again
+            self.flushed, self.unflushed = self.disk.submit(os.fdatasync, self.file.fileno()), 0
 
 
 class Piece(NamedTuple):
-    """Elements [start, start + size) of a flattened parameter, under `key` of an open file."""
+    """Elements [start, start + size) of a flattened parameter, from byte `place` of `file` on."""
 
-    file: Any
-    key: str
+    file: BinaryIO
+    place: int
     start: int
     size: int
 
 
 class Pieces:
-    """All tensors of a checkpoint folder, found by kind and parameter. A context."""
+    """All tensors of a checkpoint folder, which must be valid, found by kind and parameter. A context."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = [safe_open(path, framework="pt") for path in sorted(folder.glob("rank-*.safetensors"))]
+        self.paths = sorted(folder.glob("rank-*.safetensors"))
         self.by_name: dict[tuple[str, str], list[Piece]] = {}
 
     def __enter__(self) -> "Pieces":
-        for file in self.files:
-            file.__enter__()
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                address, start = key.rsplit("@", 1)
-                kind, name = address.split("/", 1)
-                size = file.get_slice(key).get_shape()[0]
-                self.by_name.setdefault((kind, name), []).append(Piece(file, key, int(start), size))
+        with ExitStack() as files:
+            for path in self.paths:
+                file = files.enter_context(path.open("rb"))
+                length = int.from_bytes(file.read(8), "little")
+                for key, entry in json.loads(file.read(length)).items():
+                    address, start = key.rsplit("@", 1)
+                    kind, name = address.split("/", 1)
+                    piece = Piece(file, 8 + length + entry["data_offsets"][0], int(start), entry["shape"][0])
+                    self.by_name.setdefault((kind, name), []).append(piece)
+            self._files = files.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for file in self.files:
-            file.__exit__(*error)
+        self._files.close()
 
     @property
     def kinds(self) -> set[str]:
@@ -94,5 +120,19 @@ class Pieces:
         for p in self.by_name.get((kind, name), []):
             low, high = max(p.start, start), min(p.start + p.size, start + target.numel())
             if low < high:
-                target[low - start : high - start].copy_(p.file.get_slice(p.key)[low - p.start : high - p.start])
+                _read(p.file, p.place + 4 * (low - p.start), target[low - start : high - start])
         return self.covered(kind, name, start, target.numel())
+
+
+def _read(file: BinaryIO, place: int, target: Tensor) -> None:
+    """Fill the float32 vector `target` from byte `place` of `file` on: straight into its memory, if the CPU can reach it."""
+    is_here = target.device.type == "cpu" and target.is_contiguous() and target.dtype == torch.float32
+    host = target.detach() if is_here else torch.empty(target.shape)
+    data, done = _bytes_of(host), 0
+    with durable.naming(Path(file.name)):
+        while done < len(data):  # a call reads 2 GiB at most
+            if (count := os.preadv(file.fileno(), [data[done:]], place + done)) == 0:
+                raise OSError(errno.EIO, "it ends too early, though it was verified")
+            done += count
+    if not is_here:
+        target.copy_(host)

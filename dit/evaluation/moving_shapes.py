@@ -186,7 +186,8 @@ def observe(videos: np.ndarray) -> list[Observation]:
 # --- judging ----------------------------------------------------------------------------------------------------
 
 
-def _direction_of(velocity: tuple[float, float]) -> str | None:
+def direction_of(velocity: tuple[float, float]) -> str | None:
+    """Name the heading nearest to a velocity, None for a clip that hardly moves."""
     if np.hypot(*velocity) < LEAST_SPEED:
         return None
     return max(HEADINGS, key=lambda name: float(np.dot(HEADINGS[name], velocity)))
@@ -207,7 +208,7 @@ def judge(seen: Observation, attributes: Attributes) -> Adherence:
         colour=seen.colour == attributes.colour,
         size=seen.size == attributes.size,
         position=_position_of(seen.centre, attributes.direction) == attributes.position,
-        direction=_direction_of(seen.velocity) == attributes.direction,
+        direction=direction_of(seen.velocity) == attributes.direction,
         speed=abs(float(np.hypot(*seen.velocity)) - SPEEDS[attributes.speed]) < SPEED_TOLERANCE,
         render=seen.residual < RENDER_TOLERANCE and seen.local_residual < LOCAL_RENDER_TOLERANCE,
         smooth=seen.jitter < SMOOTH_TOLERANCE,

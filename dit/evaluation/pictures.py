@@ -13,13 +13,25 @@ BACKGROUND, INK, FAINT = (250, 250, 248), (30, 30, 30), (120, 120, 120)
 GAP, LINE = 8, 15
 
 
-def contact_sheet(videos: Tensor, captions: Sequence[str], path: Path, *, title: str = "", frames: int = 5, width: int = 1200) -> None:
-    """Write a PNG: a strip of up to `frames` frames for each video (B, T, H, W, 3) uint8, its caption below it."""
+def contact_sheet(
+    videos: Tensor,
+    captions: Sequence[str],
+    path: Path,
+    *,
+    title: str = "",
+    frames: int = 5,
+    width: int = 1200,
+    columns: int | None = None,
+) -> None:
+    """Write a PNG: a strip of up to `frames` frames for each video (B, T, H, W, 3) uint8, its caption below it.
+
+    columns: None for as many as `width` pixels hold.
+    """
     strips = [_strip(video, frames) for video in videos.numpy()]
     cell_width = strips[0].shape[1]
-    scale = max(1, min(4, 400 // cell_width if videos.shape[1] > 1 else 96 // cell_width))
+    scale = max(1, min(4, (72 if videos.shape[1] > 1 else 96) // videos.shape[2]))
     cell_width, cell_height = max(cell_width * scale, 96), strips[0].shape[0] * scale
-    columns = max(1, min(len(strips), (width - GAP) // (cell_width + GAP)))
+    columns = columns or max(1, min(len(strips), (width - GAP) // (cell_width + GAP)))
     font = ImageFont.load_default(11)
     texts = [_wrap(caption, cell_width, font) for caption in captions]
     text_height = LINE * max(len(lines) for lines in texts)

@@ -4,12 +4,18 @@ from typing import assert_never
 
 from dit.config import SpatioTemporalDiTConfig
 from dit.models.dit import SpatioTemporalDiT
+from dit.models.sequence_parallel import SequenceParallelDiT
+from dit.runtime import distributed
 
 
 def build_backbone(config: SpatioTemporalDiTConfig, *, channels: int, text_width: int) -> SpatioTemporalDiT:
-    """The backbone of `config` for latents of `channels` and text tokens of `text_width`, freshly initialised."""
+    """The backbone of `config` for latents of `channels` and text tokens of `text_width`, freshly initialised.
+
+    Where several ranks compute a pack together (`distributed.init`), all of them call it at once.
+    """
     match config:
         case SpatioTemporalDiTConfig():
-            return SpatioTemporalDiT(config, channels=channels, text_width=text_width)
+            backbone = SpatioTemporalDiT if distributed.sequence_parallel() == 1 else SequenceParallelDiT
+            return backbone(config, channels=channels, text_width=text_width)
         case _:
             assert_never(config)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Grid
+from dit.models.shares import Shares
 
 Backend = Literal["sdpa", "xformers"]
 Segments = tuple[int, ...]
@@ -29,12 +30,14 @@ class AttentionLayout:
 
     query_lengths, key_lengths: tokens of each segment, one after another.
     order: (L,) the token at each place of that sequence, for queries and keys alike; None where it is the pack's own order.
+    shares: how those tokens lie on several ranks; None where this rank has them all.
     """
 
     query_lengths: Segments
     key_lengths: Segments
     device: torch.device
     order: Tensor | None = None
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         assert len(self.query_lengths) == len(self.key_lengths), (len(self.query_lengths), len(self.key_lengths))
@@ -126,8 +129,16 @@ class Folded:
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backend: Backend) -> Tensor:
     """Softmax attention within the segments of `layout`: q (Lq, N, K), k and v (Lk, N, K) -> (Lq, N, K).
 
+    Where the tokens lie on several ranks, each attends with some of the heads (Ulysses; Jacobs et al. 2023, arXiv:2309.14509, 3.1).
     A segment without keys yields zeros. Raises UserError if the backend cannot run here.
     """
+    if layout.shares is None:
+        return _on_one_rank(q, k, v, layout, backend)
+    q, k, v = layout.shares.to_heads(q, k, v)  # (l, N, K) -> (L, N / ranks, K)
+    return layout.shares.to_tokens(_on_one_rank(q, k, v, layout, backend))
+
+
+def _on_one_rank(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backend: Backend) -> Tensor:
     assert q.shape[0] == sum(layout.query_lengths), (q.shape, sum(layout.query_lengths))
     assert k.shape[0] == v.shape[0] == sum(layout.key_lengths), (k.shape, v.shape, sum(layout.key_lengths))
     match backend:

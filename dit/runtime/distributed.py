@@ -10,7 +10,7 @@ import re
 import socket
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,16 +19,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipelines.errors import UserError
+
 TIMEOUT = timedelta(minutes=30)
+_pack_group: Any = None
+"""This process and those that compute its packs with it; None if it does so alone."""
 
 
-def init() -> None:
+def init(sequence_parallel: int = 1) -> None:
     """Join the process group that torchrun, the deepspeed launcher or srun describe in the environment, or make one of a single process.
 
-    NCCL on CUDA, gloo on the CPU. Does nothing when the group exists.
+    NCCL on CUDA, gloo on the CPU. Does nothing when the group exists. sequence_parallel: how many neighbouring ranks compute a pack
+    together. Raises UserError unless that divides the number of processes.
     """
-    if dist.is_initialized():
-        return
+    global _pack_group
+    if not dist.is_initialized():
+        _join()
+    if rest := world_size() % sequence_parallel:
+        raise UserError(
+            f"world size % engine.sequence_parallel = {world_size()} % {sequence_parallel} = {rest}, expected 0: run on a multiple of "
+            f"{sequence_parallel} processes, or change engine.sequence_parallel"
+        )
+    _pack_group = dist.new_subgroups(sequence_parallel, timeout=TIMEOUT)[0] if sequence_parallel > 1 else None
+
+
+def _join() -> None:
     _describe_processes()
     _set_threads()
     on_cuda = torch.cuda.is_available()
@@ -49,6 +64,33 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sequence_parallel() -> int:
+    """How many processes compute a pack together."""
+    return 1 if _pack_group is None else dist.get_world_size(_pack_group)
+
+
+def sequence_rank() -> int:
+    """Number of this process among those that compute its packs."""
+    return rank() % sequence_parallel()
+
+
+def data_rank() -> int:
+    """Number of the packs of this process among the shares of a step."""
+    return rank() // sequence_parallel()
+
+
+def data_world_size() -> int:
+    """Into how many shares the packs of a step are dealt."""
+    return world_size() // sequence_parallel()
+
+
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """Deal the rows of x to the processes that compute this pack, send[i] to number i; returns those received, receive[i] from number i."""
+    received = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(received, x.contiguous(), list(receive), list(send), group=_pack_group)
+    return received
 
 
 def device() -> torch.device:
@@ -79,15 +121,20 @@ def gather_json(value: object, group: Any = None) -> list[Any]:
     """What every process says, as JSON, in the order of ranks; the same list everywhere. group: a side group, or the main one."""
     if world_size() == 1:
         return [json.loads(json.dumps(value))]
-    place = device() if group is None else torch.device("cpu")
+    place = torch.device("cpu") if dist.get_backend(group) == "gloo" else device()
     encoded = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(place)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(world_size())]
+    lengths = [torch.zeros(1, dtype=torch.int64, device=place) for _ in range(dist.get_world_size(group))]
     dist.all_gather(lengths, torch.tensor([len(encoded)], device=place), group=group)
     longest = max(int(length) for length in lengths)
     padded = torch.nn.functional.pad(encoded, (0, longest - len(encoded)))
-    texts = [torch.empty_like(padded) for _ in range(world_size())]
+    texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded, group=group)
     return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
+
+
+def gather_in_pack(value: object) -> list[Any]:
+    """What the processes that compute this pack say, as `gather_json` does."""
+    return gather_json(value, _pack_group) if sequence_parallel() > 1 else [value]
 
 
 @contextmanager
@@ -100,6 +147,8 @@ def seeded(seed: int) -> Iterator[None]:
 
 def shutdown() -> None:
     """Leave the process group."""
+    global _pack_group
+    _pack_group = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

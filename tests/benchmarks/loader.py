@@ -1,14 +1,15 @@
-"""Throughput of the stream, each figure beside what it is compared with, in one run: `python tests/benchmarks/loader.py [FOLDER]`.
+"""Throughput of the stream, each figure beside what it is compared with, in one run: `python tests/benchmarks/loader.py [PART ...]`.
 
 Latents: every byte verified, checked and copied into a pack, against reading the same bytes and nothing else, and against webdataset,
 which shuffles among as many samples, decodes the same members to the same tensors and yields as many at a time.
 Decoding: the stream of rendered clips against the same decoder in a bare loop. Resume: time to the first step at several places.
-The shards are written to FOLDER (a temporary one) and read from the page cache.
+Parts: latents, decoding, resuming, single_costs; all if none is named. Shards are written to a temporary folder (in --folder) and read
+from the page cache.
 """
 
+import argparse
 import io
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -208,9 +209,16 @@ def single_costs(folder: Path) -> None:
     print(f"deadline of one sample: {(time.perf_counter() - began) * 100:.1f} us")
 
 
+def main() -> None:
+    parts: dict[str, Callable[[Path], None]] = {part.__name__: part for part in (latents, decoding, resuming, single_costs)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART")
+    parser.add_argument("--folder")
+    options = parser.parse_args()
+    for part in options.parts or parts:
+        with tempfile.TemporaryDirectory(dir=options.folder) as name:
+            parts[part](Path(name))
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
-        latents(Path(name))
-        decoding(Path(name))
-        resuming(Path(name))
-        single_costs(Path(name))
+    main()

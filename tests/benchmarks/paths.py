@@ -1,8 +1,9 @@
-"""Five paths and predictions on the demo's moving shapes under one budget: `python tests/benchmarks/paths.py [--samples 24000]`.
+"""Five paths and predictions on the demo's moving shapes under one budget: `python tests/benchmarks/paths.py [--samples 32000]`.
 
 Renders and encodes the demo set, trains each by `dit train` and judges all by one `dit evaluate`, which prints the table. What is done is
 not done again. Every method draws ln(b / a) from one normal distribution in training and visits the same values of it in sampling, by DDIM,
-whose steps depend on b / a alone: what differs is the network's input, target and label of t. See docs/results/paths.md.
+whose steps depend on b / a alone: what differs is the network's input, target and label of t. A sixth predicts the noise under the weight
+of the others, so that its target is all that it has of its own. See docs/results/paths.md.
 """
 
 import argparse
@@ -22,6 +23,7 @@ SAMPLING = {
 METHODS = {
     "rectified_flow": "path: {name: rectified_flow}, prediction: velocity",
     "vp_eps": "path: {name: vp}, prediction: noise",
+    "vp_eps_weighted": "path: {name: vp}, prediction: noise, weighting: {name: constant, space: v}",
     "vp_v": "path: {name: vp}, prediction: v",
     "edm": "path: {name: edm}, prediction: edm, weighting: {name: edm}",
     "trigflow": "path: {name: trigflow}, prediction: v",
@@ -37,7 +39,7 @@ def command(*arguments: str) -> None:
 def main() -> None:
     """Make the data, train every method, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=24_000, help="training clips of each method (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=32_000, help="training clips of each method (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=120, help="judged clips of each kind of captions (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/paths"), help="folder of all results (default: %(default)s)")
     options = parser.parse_args()

@@ -17,16 +17,19 @@ from data_pipelines import ingest as ingest_module
 from data_pipelines import moving_shapes
 from data_pipelines.__main__ import main
 from data_pipelines.config import DataConfig
+from data_pipelines.curation.config import IngestConfig
 from data_pipelines.errors import UserError
 from data_pipelines.histograms import _panel, histograms
 from data_pipelines.index import index_path, read_index
 from data_pipelines.loader import StepStream
 from data_pipelines.plan import open_plan
+from data_pipelines.raw_files import Place, RawFile
 from data_pipelines.samples import Facts
 from data_pipelines.shard_plan import ShardPlan, write_shard
 from data_pipelines.shards import ShardWriter, verify_shard
 from data_pipelines.sources import read_source
 from data_pipelines.video import frames_at, write_mp4
+from data_pipelines.workers import WorkerLost
 
 
 def run(*arguments):
@@ -118,6 +121,25 @@ def test_examining_goes_on_where_it_was_cut_off(tmp_path, photos, monkeypatch):
     assert run(*arguments[:2], tmp_path / "b", *arguments[3:]) == 0
     assert len(looked) == 7
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_examining_in_several_processes_gives_the_same_bytes(tmp_path, photos):
+    for number in range(3):
+        write_mp4(photos / "dog" / f"{number}.mp4", np.roll(moving_shapes.draw(0, 0).video, number, 2), 8, lossless=True)
+    arguments = ("--shard-samples", 3, "--clip-frames", 4, "stages=[{name: change}]", "duplicates={name: perceptual_hash}")
+    assert run("ingest", photos, tmp_path / "a", *arguments, "--processes", 1) == 0
+    assert run("ingest", photos, tmp_path / "b", *arguments, "--processes", 3) == 0
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+    assert len((tmp_path / "b" / "plan" / "examined.jsonl").read_bytes().splitlines()) == 14
+
+
+def test_a_file_that_ends_two_processes_is_left_out_and_says_so():
+    file, config = RawFile("a.png", Place("/nowhere/a.png")), IngestConfig()
+    once = ingest_module._try_again(ingest_module._Task(file, "a"), WorkerLost(-11))
+    (again,) = json.loads(ingest_module._examined(config, once))
+    assert again["dropped"].startswith("file cannot be read")  # tried as if nothing had been
+    (dropped,) = json.loads(ingest_module._examined(config, ingest_module._try_again(once, WorkerLost(-11))))
+    assert dropped["dropped"] == "its process ended with SIGSEGV"
 
 
 def test_any_process_may_write_any_shard(tmp_path, photos):

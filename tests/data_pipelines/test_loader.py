@@ -33,7 +33,7 @@ def fingerprint(packs):
     """Hash of the packs of a step, whichever rank reads which."""
     digests = []
     for pack in packs:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(pack.place).encode())
         for sample in pack.samples:
             digest.update(f"{sample.id} {sample.key} {sample.caption} {sample.error}".encode())
             digest.update(sample.pixels.numpy().tobytes() if sample.pixels is not None else b"-")
@@ -50,6 +50,9 @@ def run(folder, world_size, workers, count, start=START):
         parts = [next(stream) for stream in streams]
         assert len({(part.samples, part.position) for part in parts}) == 1
         assert parts[0].samples == sum(len(pack.samples) for part in parts for pack in part.packs)
+        assert {pack.place.samples for part in parts for pack in part.packs} == {parts[0].samples}
+        numbers = [pack.place.first + i for part in parts for pack in part.packs for i in range(len(pack.samples))]
+        assert sorted(numbers) == list(range(parts[0].samples))  # each sample has its own
         hashes.append(fingerprint([pack for part in parts for pack in part.packs]))
     for stream in streams:
         stream.close()

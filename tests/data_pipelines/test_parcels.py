@@ -24,19 +24,20 @@ def test_what_is_held_stays_and_what_is_dropped_makes_room(shapes):
 
 
 def test_a_slot_grows_when_it_is_free_and_there_are_only_so_many():
-    rank, worker = Slots(1), Slots(1)
+    rank, worker = Slots(shared=True), Slots(shared=True)
     worker.taken = rank.taken  # as after the way to a worker
-    slot, memory, known = worker.take(0, 100)
-    view = rank.receive(slot, memory)[20:30]
-    assert (slot, known) == ((0, 0), False)
-    assert worker.take(0, 10)[0] == (0, 1)
+    slot, _ = worker.take(100)
+    view = rank.receive(slot)[20:30]
+    assert (slot.number, slot.fresh is None) == (0, False)
+    assert worker.take(10)[0].number == 1
     del view
-    assert worker.take(0, 100)[::2] == ((0, 0), True)
+    again, memory = worker.take(100)
+    assert (again.number, again.fresh) == (0, None)
     del memory
-    rank.receive((0, 0), None)
-    slot, memory, known = worker.take(0, 1000)
-    assert (slot, known, len(memory) >= 1000) == ((0, 0), False, True)
-    whole = rank.receive(slot, memory)
+    rank.receive(again)
+    slot, memory = worker.take(1000)
+    assert (slot.number, slot.fresh is None, len(memory) >= 1000) == (0, False, True)
+    whole = rank.receive(slot)
     memory[:] = 3
     assert (whole == 3).all()
-    assert [worker.take(0, 1)[0] for _ in range(70)].count(None) == 70 - 62
+    assert [worker.take(1)[0].number for _ in range(70)].count(None) == 70 - 62

@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data_pipelines.config import DataConfig
-from data_pipelines.deadline import deadline
+from data_pipelines.deadline import deadline, limit_memory
 from data_pipelines.errors import UserError
 from data_pipelines.loader import StepStream
 from data_pipelines.plan import Plan, open_plan
@@ -78,14 +78,15 @@ def test_a_worker_that_dies_is_replaced_and_its_sample_is_a_hole(stuck):
     plan = stuck(num_workers=2, sample_seconds=60)
     before = set(multiprocessing.active_children())
     with StepStream(plan, 0, 1) as stream:
-        deaths, ended = [], threading.Event()
+        deaths, ended = set(), threading.Event()
+        workers = set(multiprocessing.active_children()) - before
 
         def kill_whoever_waits():
             while not ended.wait(0.05):
-                for pid, _, _ in stream._busy.tolist():
-                    if pid and not deaths and Path(f"/proc/{pid}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
-                        deaths.append(pid)
-                        os.kill(pid, signal.SIGKILL)
+                for worker in workers - deaths:
+                    if Path(f"/proc/{worker.pid}/wchan").read_text() in ("wait_for_partner", "fifo_open"):
+                        deaths.add(worker)
+                        worker.kill()
 
         killer = threading.Thread(target=kill_whoever_waits)
         killer.start()
@@ -97,34 +98,63 @@ def test_a_worker_that_dies_is_replaced_and_its_sample_is_a_hole(stuck):
     assert set(multiprocessing.active_children()) <= before
 
 
-class _Native(torch.utils.data.Dataset):
-    """Items whose making stays in native code, where no signal handler of Python runs."""
-
-    def __getitem__(self, item):
-        with deadline(0.1):
-            return len(hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9))
+def in_order(work, tasks, processes, mend, begin=None):
+    return InOrder(
+        lambda _: work, tasks, processes, lambda task, result: (task, result), mend, preload="data_pipelines.parcels", begin=begin
+    )
 
 
-def test_native_code_that_does_not_return_ends_with_its_process():
-    items = InOrder(_Native(), range(3), 1)
-    with pytest.raises(WorkerLost) as lost:
+def _native(item):
+    """Stays in native code, where no signal handler of Python runs."""
+    with deadline(0.1):
+        return len(hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)) if item < 0 else item
+
+
+def test_native_code_that_does_not_return_ends_with_its_process_and_the_rest_goes_on():
+    lost = []
+
+    def mend(task, why):
+        lost.append((task, why.code))
+        return -task
+
+    items = in_order(_native, [1, -2, 3, 4, -5, 6], 2, mend)
+    assert [task for task, _ in items] == [1, 2, 3, 4, 5, 6]
+    assert sorted(lost) == [(-5, -signal.SIGPROF), (-2, -signal.SIGPROF)]
+    items.close()
+
+
+def test_a_process_that_ends_is_noticed_at_once_and_what_mends_it_may_give_up():
+    def mend(task, why):
+        raise why
+
+    items = in_order(os._exit, [3], 1, mend)
+    with pytest.raises(WorkerLost, match="exit code 3"):
         next(items)
     items.close()
-    assert list(lost.value.codes.values()) == [-signal.SIGPROF]
 
 
-class _Large(torch.utils.data.Dataset):
-    def __getitem__(self, gigabytes):
-        try:
-            return len(np.ones(gigabytes << 27))
-        except MemoryError:
-            return "refused"
+def _large(gigabytes):
+    try:
+        return len(np.ones(gigabytes << 27))
+    except MemoryError:
+        return "refused"
 
 
 def test_a_worker_takes_no_more_memory_than_it_may():
-    items = InOrder(_Large(), [2, 0], 1, memory=1 << 30)
-    assert next(items) == "refused"
-    assert next(items) == 0
+    items = in_order(_large, [2, 0], 1, None, partial(limit_memory, 1 << 30))
+    assert next(items) == (2, "refused")
+    assert next(items) == (0, 0)
+    items.close()
+
+
+def _fail(task):
+    raise KeyError(task)
+
+
+def test_an_error_in_a_process_has_its_traceback():
+    items = in_order(_fail, ["here"], 1, None)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*_fail.*KeyError: 'here'"):
+        next(items)
     items.close()
 
 

@@ -34,6 +34,7 @@ def left_out(run: Path) -> list[str]:
 def test_holes_are_the_same_in_any_shape_and_through_a_kill(forks: Forks, tmp_path: Path, damaged: Path) -> None:
     changes = {"train__samples": 16 * STEPS, "train__save_every_steps": 2, "data__max_bad_fraction": 0.5}
     whole, cut = (train_config(tmp_path / f"{name}.yaml", damaged, **changes) for name in ("whole", "cut"))
+    shared = train_config(tmp_path / "shared.yaml", damaged, **changes, engine={"sequence_parallel": 2})
     forks.run("train", str(whole)).ok()
     process = forks.start("train", str(cut), ranks=2)
     wait_for(lambda: any((tmp_path / "cut" / "checkpoints").glob("step-*")) and len(metrics(tmp_path / "cut")) >= 3)
@@ -41,16 +42,21 @@ def test_holes_are_the_same_in_any_shape_and_through_a_kill(forks: Forks, tmp_pa
     wait_for(lambda: process.poll() == -signal.SIGKILL)
     forks.run("train", str(cut), ranks=2).ok()
 
-    expected, found = metrics(tmp_path / "whole"), metrics(tmp_path / "cut")
+    forks.run("train", str(shared), ranks=2).ok()
+
+    expected = metrics(tmp_path / "whole")
     assert len(expected) == STEPS
     assert sum(line["bad"] for line in expected) >= 6  # 128 samples are 2.7 epochs of 48
-    for key in ("ids_hash", "bad"):
-        assert [line[key] for line in found] == [line[key] for line in expected]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
-    names, again = (
-        [json.loads(line) for line in (tmp_path / name / "bad_samples.jsonl").read_text().splitlines()] for name in ("whole", "cut")
+    for name in ("cut", "shared"):
+        found = metrics(tmp_path / name)
+        for key in ("ids_hash", "bad"):
+            assert [line[key] for line in found] == [line[key] for line in expected]
+        assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+    names, *others = (
+        [json.loads(line) for line in (tmp_path / name / "bad_samples.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut", "shared")
     )
-    assert names == again
+    assert others == [names, names]
     first = {line["id"]: line["reason"] for line in reversed(names)}
     assert len(first) == 3
     assert all(reason.startswith("checksum mismatch") for reason in first.values())
@@ -64,3 +70,10 @@ def test_holes_are_the_same_in_any_shape_and_through_a_kill(forks: Forks, tmp_pa
     assert "the run is" in report
     forks.run("train", str(clean)).ok()
     assert sum(line["bad"] for line in metrics(tmp_path / "clean")) == 0
+
+
+def test_what_one_rank_cannot_read_is_a_hole_for_all_of_its_pack(forks: Forks, tmp_path: Path, latents: Path, damaged: Path) -> None:
+    for rank, folder in enumerate((latents, damaged)):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "latents").symlink_to(folder)
+    forks.run("tests/dit/models/sequence_worker.py", str(tmp_path), "holes", ranks=2).ok()

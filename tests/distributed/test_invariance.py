@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import Forks, metrics, train_config
+from tests.processes import Forks, distill_config, metrics, train_config
 
 FLOAT32_SUMS = 1e-5
 """Relative difference of losses and gradient norms: in float32, sums over packs in another order differ by some 1e-7 in each of
@@ -24,6 +24,7 @@ SHAPES = {
         2,
         {"engine": {"zero_stage": 3, "whole_below": 100}, "backbone__activation_checkpointing": "full"},
     ),
+    "4 processes, 2 to a pack": (4, {"engine": {"sequence_parallel": 2}}),
 }
 
 
@@ -32,7 +33,7 @@ def runs(forks: Forks, tmp_path_factory: pytest.TempPathFactory, latents: Path) 
     """The metrics of each shape of the same run."""
     folder, found = tmp_path_factory.mktemp("invariance"), {}
     for number, (name, (ranks, changes)) in enumerate(SHAPES.items()):
-        config = train_config(folder / f"{number}.yaml", latents, train__save_every_steps=100, **changes)
+        config = train_config(folder / f"{number}.yaml", latents, train__save_every_steps=100, objective__stratified=True, **changes)
         forks.run("train", str(config), ranks=ranks).ok()
         found[name] = metrics(config.with_suffix(""))
     return found
@@ -76,3 +77,25 @@ def test_previews_under_stage_3_are_those_of_one_process(forks: Forks, tmp_path:
     assert np.abs(after - before).max() > 20  # the weights have moved
     for one, two in zip((before, after), sharded, strict=True):
         assert np.abs(one - two).max() <= 1  # a rounding
+
+
+def test_distilling_validating_and_drawing_with_two_processes_to_a_pack(forks: Forks, tmp_path: Path, latents: Path, teacher: Path) -> None:
+    """Student and teacher are shared, under ZeRO stage 3, where every rank holds a part of every weight and of every token."""
+    extra = {
+        "validation": {"source": str(latents), "samples": 8, "times": [0.5, 1.0], "every_steps": 3},
+        "preview": {"prompts": ["a small blue square"], "size": [9, 32, 32], "every_steps": 6},
+    }
+    lines, pictures = [], []
+    for name, ranks, engine in (("alone", 1, {}), ("shared", 2, {"sequence_parallel": 2, "zero_stage": 3, "whole_below": 100})):
+        config = distill_config(tmp_path / f"{name}.yaml", teacher, engine=engine, **extra)
+        forks.run("distill", str(config), ranks=ranks).ok()
+        lines.append(metrics(tmp_path / name))
+        pictures.append(np.asarray(Image.open(tmp_path / name / "samples/step-00000006.png")).astype(int))
+    alone, shared = lines
+    assert [line["ids_hash"] for line in shared] == [line["ids_hash"] for line in alone]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in shared] == pytest.approx([line[key] for line in alone], rel=FLOAT32_SUMS)
+    for step in (2, 5):
+        losses = zip(alone[step]["held_out"]["losses"], shared[step]["held_out"]["losses"], strict=True)
+        assert all(b == pytest.approx(a, rel=1e-4) for a, b in losses)  # squares of differences
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding

@@ -86,15 +86,24 @@ WITH_CRITIC = {
     "student_steps": 2,
     "critic": {"steps": 2, "optimizer": {"lr": 2e-3, "betas": [0.5, 0.9]}, "heads": {"blocks": [0, 1], "critic_weight": 1.0}},
 }
+PREVIEW = {"prompts": ["a large red disc", "a small blue cross"], "size": [9, 32, 32], "every_steps": 4}
+DIAGNOSIS = {"noises": 2, "steps": [1], "teacher_steps": 4, "share": 9}
 
 
-@pytest.mark.parametrize(("ranks", "method"), [(1, {"name": "mean_flow"}), (2, {"name": "consistency"}), (2, WITH_CRITIC)])
-def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int, method: dict[str, Any]) -> None:
-    options = {**LENGTH, "method": {"guidance": {"s": 2.0}, **method}}
+@pytest.mark.parametrize(
+    ("ranks", "stage", "method"),
+    [(1, 1, {"name": "mean_flow"}), (2, 1, {"name": "consistency"}), (2, 3, {"name": "consistency"}), (2, 3, WITH_CRITIC)],
+)
+def test_distillation(forks: Forks, tmp_path: Path, teacher: Path, ranks: int, stage: int, method: dict[str, Any]) -> None:
+    """With what is said of the student on the way, which depends on its weights alone."""
+    told = {"preview": PREVIEW, "diagnosis": DIAGNOSIS, "engine": {"zero_stage": stage, "whole_below": 100}}
+    options = {**LENGTH, **told, "method": {"guidance": {"s": 2.0}, **method}}
     whole, cut = (distill_config(tmp_path / f"{name}.yaml", teacher, **options) for name in ("whole", "cut"))
     forks.run("distill", str(whole), ranks=ranks).ok()
     killed_and_resumed(forks, "distill", cut, ranks)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "whole") if "student" in line] == [4, 8, 12, 16]
+    assert (tmp_path / "cut" / "student.md").read_bytes() == (tmp_path / "whole" / "student.md").read_bytes()
 
 
 FLOAT32_SUMS = 1e-5

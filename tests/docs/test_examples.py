@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,28 @@ def test_an_example_takes_two_steps_and_is_drawn(name: str, forks: Forks, images
     few = ("contestants.0.steps=2", f"contestants.0.run={run}", f"out={sheet.parent}")
     forks.run("sample", str(CONFIGS / f"{DRAWN_BY[name]}.yaml"), *few).ok()
     assert np.asarray(Image.open(sheet).convert("RGB")).std() > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpm", "rectified_flow"])
+def test_an_example_learns_pictures_in_class_folders(name: str, forks: Forks, tmp_path: Path) -> None:
+    """500 steps on procedural pictures laid out as CIFAR-10 is: a sky above a ground, each class its colours."""
+    for label, number in product(range(10), range(40)):
+        (tmp_path / f"raw/class{label}").mkdir(parents=True, exist_ok=True)
+        picture = np.full((32, 32, 3), (25 * label, 120, 200), np.uint8)
+        picture[8 + number % 16 :] = (200, 250 - 25 * label, 40)
+        Image.fromarray(picture).save(tmp_path / f"raw/class{label}/{number:04d}.png")
+    forks.run("data", "ingest", str(tmp_path / "raw"), str(tmp_path / "shards"), "--captions", "a photo").ok()
+    cache = str(tmp_path / "latents")
+    encode = str(REPOSITORY / "configs" / "encode" / "cifar10.yaml")
+    forks.run("encode", encode, f"sources=[{{path: {tmp_path}/shards}}]", f"out={cache}").ok()
+    losses = []
+    for samples, every in ((16, 1), (8000, 500)):
+        here = (f"out={tmp_path}/{samples}", f"data.sources=[{{path: {cache}}}]", f"validation.source={cache}", "preview=null")
+        budget = ("data.token_budget=256", f"train.samples={samples}", f"validation.every_steps={every}", "train.save_every_steps=500")
+        forks.run("train", str(CONFIGS / f"{name}.yaml"), *here, *budget).ok()
+        losses.append(metrics(tmp_path / str(samples))[-1]["held_out"]["cells"]["all"]["loss"])
+    assert losses[1] < 0.15 * losses[0]
 
 
 def curves(folder: Path, *losses: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -20,14 +20,32 @@ def test_a_mean_flow_student_is_validated_and_hands_on_to_a_progressive_one(
     forks: Forks, teacher: Path, latents: Path, tmp_path: Path
 ) -> None:
     validation = {"source": str(latents), "samples": 4, "times": [0.3, 0.7], "every_steps": 3}
+    preview = {"prompts": ["a large red disc", "a small blue cross"], "size": [9, 32, 32], "every_steps": 3}
+    diagnosis = {"noises": 2, "steps": [1, 2], "teacher_steps": 6, "share": 9}
     method: dict[str, Any] = {"name": "mean_flow", "guidance": GUIDANCE, "student_steps": 3}
-    forks.run("distill", str(distill_config(tmp_path / "first.yaml", teacher, method=method, validation=validation))).ok()
+    forks.run(
+        "distill",
+        str(distill_config(tmp_path / "first.yaml", teacher, method=method, validation=validation, preview=preview, diagnosis=diagnosis)),
+    ).ok()
     lines = metrics(tmp_path / "first")
     assert np.isfinite([line["jump_error"] for line in lines]).all()
     assert np.isfinite([line["velocity_error"] for line in lines if "velocity_error" in line]).any()
     gaps = [line["held_out"]["cells"] for line in lines if "held_out" in line]
     assert [list(cells) for cells in gaps] == [["all", "t=0.3", "t=0.7"]] * 2
     assert all(cells["t=0.7"]["loss"] > 0 for cells in gaps)
+    judged = {line["step"]: line["student"] for line in lines if "student" in line}
+    assert list(judged) == [3, 6]
+    names = {f"{name}/{n}" for name in ("distance", "teacher", "change", "change_low", "change_high", "verdict") for n in (1, 2, 3)}
+    assert names < set(judged[6])
+    assert judged[3]["teacher/1"] == judged[6]["teacher/1"] > 0
+    note = (tmp_path / "first" / "student.md").read_text()
+    assert f"Student of {teacher}, step 6" in note
+    assert "`euler` in 3 steps, from t = 1, 0.667, 0.333 for clips of this size." in note
+    assert [row.split(" | ")[0] for row in note.splitlines() if row.startswith("| ")] == ["| step", "| 3", "| 6"]
+    for step in (3, 6):
+        picture = np.asarray(Image.open(tmp_path / "first" / "samples" / f"student-step-{step:08d}.png").convert("RGB"))
+        assert picture.std() > 2
+
     student, taught = load_weights(tmp_path / "first", None, "model"), load_weights(teacher, None, "ema")
     assert {name.split(".")[0] for name in student.keys() - taught.keys()} == {"jump_embedder"}
     assert float(student["jump_embedder.mlp.2.weight"].abs().sum()) > 0

@@ -8,7 +8,8 @@ import torch
 from data_pipelines import randomness
 from data_pipelines.packed import PackedLatents, pack_conditioning
 from dit.config import SpatioTemporalDiTConfig
-from dit.config.objective import DiffusionConfig, Prediction, SamplingConfig
+from dit.config.objective import DiffusionConfig, SamplingConfig
+from dit.config.path import Quantity
 from dit.diffusion import build_denoiser, build_objective, build_path, sample
 from dit.models import build_backbone
 
@@ -23,7 +24,7 @@ def pack() -> PackedLatents:
     return PackedLatents(tokens, pack_conditioning(grids, texts), (7, 8), ("a", "b"), torch.ones(2))
 
 
-@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("prediction", get_args(Quantity))
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_and_prediction_trains(path: str, prediction: str) -> None:
     config = DiffusionConfig.model_validate({"name": "diffusion", "path": {"name": path}, "prediction": prediction})

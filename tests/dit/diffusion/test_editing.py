@@ -98,6 +98,13 @@ def test_replacement_is_biased_and_resampling_lessens_it() -> None:
     assert often < once / 2
 
 
+@pytest.mark.slow
+def test_replacement_resampled_often_in_small_steps_reaches_a_conditional_of_three_modes() -> None:
+    """What it costs to let samples cross from mode to mode: 3,840 calls."""
+    sampling, truth = SamplingConfig(sampler="ancestral", steps=160), TokenMixture.standard()
+    assert distance(completed(truth, sampling, RECTIFIED_FLOW, 24, 12, 0.3), truth) < 2 * floor(truth)
+
+
 def test_replacement_with_resampling_reaches_a_conditional_of_one_mode() -> None:
     sampling, truth = SamplingConfig(sampler="ancestral", steps=30), overlapping()
     once, often = (distance(completed(truth, sampling, RECTIFIED_FLOW, repeats, 5, 0.3), truth) for repeats in (1, 12))

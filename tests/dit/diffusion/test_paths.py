@@ -7,10 +7,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from dit.config.path import PathConfig
+from dit.config.path import PathConfig, Quantity
 from dit.diffusion import OnPath, Path, Predicting, build_path
 from dit.diffusion.ground_truth import ProductMixture, points
-from dit.diffusion.paths import Coefficients, Quantity, on_tokens
+from dit.diffusion.paths import Coefficients, on_tokens
 
 CONFIGS: list[dict[str, object]] = [
     {"name": "rectified_flow"},

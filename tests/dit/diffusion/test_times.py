@@ -1,10 +1,12 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
 from data_pipelines.errors import UserError
+from data_pipelines.packed import InStep
 from dit.config.objective import (
     ExponentialShift,
     KarrasSteps,
@@ -86,15 +88,22 @@ def test_draws_are_log_normal_in_sigma_on_any_path() -> None:
         assert kolmogorov_smirnov(t, normal_cdf(((c.b / c.a).log() + 1.2) / 1.2)) < 1.63
 
 
-def test_stratified_draws_put_one_in_each_part_and_do_not_depend_on_the_order() -> None:
+def test_stratified_draws_put_one_in_each_part_of_the_step_however_it_is_cut() -> None:
     keys = list(range(100, 164))
-    u = times.draw(UniformTimes(name="uniform"), None, keys, [1] * 64, stratified=True)
+
+    def drawn(cuts: list[int]) -> Tensor:
+        even = UniformTimes(name="uniform")
+        packs = [(keys[start:end], InStep(start, 64, 5)) for start, end in pairwise(cuts)]
+        return torch.cat([times.draw(even, None, own, [1] * len(own), place=place) for own, place in packs])
+
+    u = drawn([0, 64])
     assert torch.equal((u * 64).floor().sort().values, torch.arange(64, dtype=torch.float64))
-    assert not torch.equal((u * 64).floor(), torch.arange(64, dtype=torch.float64))
-    turned = times.draw(UniformTimes(name="uniform"), None, keys[::-1], [1] * 64, stratified=True)
-    assert torch.equal(turned.flip(0), u)
-    many = torch.cat([times.uniforms(range(8 * i, 8 * i + 8), True) for i in range(2500)])
-    assert kolmogorov_smirnov(many, many) < 1.63
+    correlation = torch.corrcoef(torch.stack([u, torch.arange(64, dtype=torch.float64)]))[0, 1]
+    assert abs(correlation) < 0.4  # 3 standard errors: samples lie in a step by their length, and t must not
+    assert torch.equal(drawn([0, 5, 40, 64]), u)
+    assert not torch.equal(times.uniforms(keys, InStep(0, 64, 6)), u)
+    of_one = torch.cat([times.uniforms([i], InStep(3, 8, i)) for i in range(2500)])  # each alone is uniform
+    assert kolmogorov_smirnov(of_one, of_one) < 1.63
 
 
 def test_exponential_shift_is_that_of_flux() -> None:

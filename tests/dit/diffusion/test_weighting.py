@@ -9,10 +9,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from data_pipelines import randomness
-from dit.config.objective import DiffusionConfig, WeightingConfig
+from dit.config.objective import DiffusionConfig
+from dit.config.path import Quantity
+from dit.config.weighting import WeightingConfig
 from dit.diffusion import Regression, build_objective
 from dit.diffusion.ground_truth import GaussianMixture, pack_of_points, points
-from dit.diffusion.paths import Quantity
 from dit.diffusion.weighting import weight_of
 
 NULL = torch.zeros(1, 4)

@@ -10,9 +10,9 @@ from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
 from dit.config.objective import TokenShift
 from dit.diffusion import Denoiser, schedule
 from dit.diffusion.ground_truth import GaussianMixture, pack_of_points
-from dit.distillation import Adversarial, DistributionMatching, build_distillation, turn_of
+from dit.distillation import Adversarial, DistributionMatching, build_distillation, objective_at, step_calls, turn_of
 from dit.distillation.adversarial import under_other_captions
-from dit.distillation.networks import Judge
+from dit.distillation.networks import Discriminator
 from tests.dit.distillation.toy_students import method
 
 DATA = GaussianMixture(torch.tensor([[0.5, -0.2]]), torch.tensor([0.3]), torch.tensor([1.0]))
@@ -31,7 +31,7 @@ def making(truth: GaussianMixture) -> Denoiser:
     return student
 
 
-def matching(teacher: Denoiser, critic: Denoiser, judge: Judge | None = None, **options: object) -> DistributionMatching:
+def matching(teacher: Denoiser, critic: Denoiser, judge: Discriminator | None = None, **options: object) -> DistributionMatching:
     heads = {"heads": {"blocks": [0], "weight": 0.5, "critic_weight": 0.25}} if judge else {}
     config = method(name="distribution_matching", critic={"optimizer": {"lr": 1.0}, **heads}, **options)
     built = build_distillation(config, teacher, None, critic, judge)
@@ -145,7 +145,7 @@ def linear(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     return torch.stack([x_t[:, 0], 3 * x_t[:, 0]], dim=1)
 
 
-def constant(value: float) -> Judge:
+def constant(value: float) -> Discriminator:
     return lambda x_t, t, cond: torch.full((len(x_t), 2), value)
 
 
@@ -161,7 +161,7 @@ def test_heads_of_a_critic_tell_samples_from_data() -> None:
             torch.testing.assert_close(with_heads - without, torch.full((COUNT,), weight * expected), atol=1e-4, rtol=0)
 
 
-def adversarial(judge: Judge, **critic: object) -> Adversarial:
+def adversarial(judge: Discriminator, **critic: object) -> Adversarial:
     settings = {"optimizer": {"lr": 1.0}, "blocks": [0], "mismatched": False, "smoothness": 0.0, **critic}
     built = build_distillation(method(name="adversarial", critic=settings), DATA, None, None, judge)
     assert isinstance(built, Adversarial)
@@ -212,3 +212,22 @@ def test_data_under_another_caption_are_to_be_told_apart() -> None:
     batch = PackedLatents(latents, cond, (1, 2, 3), ("a", "b", "c"), torch.ones(3))
     plain, told = (adversarial(reads, mismatched=flag).critic_losses(making(DATA), batch, 0.0).per_sample for flag in (False, True))
     torch.testing.assert_close(told - plain, 1 + torch.tensor([0.4, 0.1, 0.2]))
+
+
+@pytest.mark.parametrize("name", ["distribution_matching", "score_regularised"])
+def test_a_round_of_turns_costs_what_is_said(name: str) -> None:
+    config = method(name=name, critic={"optimizer": {"lr": 1.0}, "steps": 2}, student_steps=3, guidance={"s": 3.0})
+    calls = {"trained": 0, "plain": 0, "teacher": 0}
+
+    def counting(own: str) -> Denoiser:
+        def network(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+            calls["trained" if own != "teacher" and torch.is_grad_enabled() else "plain" if own != "teacher" else own] += 1
+            return DATA(x_t, t, cond)
+
+        return network
+
+    built = build_distillation(config, counting("teacher"), None, counting("critic"))
+    for step in range(9):  # three rounds, so that every number of steps is made as often
+        objective_at(built, step)(counting("student"), batch_of(3), 0.0)
+    said = step_calls(config)
+    assert [9 * said.trained, 9 * said.plain, 9 * said.teacher / 2] == pytest.approx([calls["trained"], calls["plain"], calls["teacher"]])

@@ -17,7 +17,7 @@ from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, points
 from dit.distillation import (
     build_distillation,
     build_student_sampling,
-    judge_of,
+    discriminator_of,
     objective_at,
     student_of,
     turn_of,
@@ -115,7 +115,7 @@ def distil_in_turns(
 ) -> Student:
     """Train student and critic as the engine does, `steps` in all. student: as the taught network, from which the critic starts too."""
     module = with_critic(config, student, student, student.first.out_features)
-    critic, judge = partial(module, "critic"), judge_of(config, module, copy.deepcopy(student).requires_grad_(False))
+    critic, judge = partial(module, "critic"), discriminator_of(config, module, copy.deepcopy(student).requires_grad_(False))
     method = build_distillation(config, teacher, None, critic, judge)
     optimizers = {
         name: torch.optim.Adam(module.get_submodule(name).parameters(), lr, betas=(0.0, 0.99))

@@ -124,7 +124,7 @@ def test_multiples_are_kept(tmp_path: Path) -> None:
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a checkpoint needs 931322574\.62 GiB, the disk has"):
-        Saver(run_config(str(tmp_path)))._check_space(10**18, 1)
+        Saver(run_config(str(tmp_path)))._check_space(10**18, 1, UserError)
 
 
 def test_room_for_all_checkpoints_that_will_be_kept_is_asked_for_at_the_start(tmp_path: Path) -> None:

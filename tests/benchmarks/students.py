@@ -1,0 +1,213 @@
+"""Methods of distillation on one teacher under one budget: `python tests/benchmarks/students.py [--teacher runs/demo/teacher]`.
+
+Distils the teacher by each method with the optimizer of configs/demo/distill.yaml, then judges students and teacher in 1, 2, 4 and 8
+steps by `dit evaluate` on the same captions and noise, and prints the table. A method with one number of steps a student has a run for
+each, which share its budget. Every cell (method, seed) is done once; the same command goes on after an interruption. See
+docs/results/students.md.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+STEPS = (1, 2, 4, 8)
+FEATURES = "features: {name: random_conv}"
+METRICS = f"[{{name: adherence}}, {{name: positions}}, {{name: frechet, {FEATURES}}}, {{name: diversity, {FEATURES}}}]"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of a method: what differs from configs/demo/distill.yaml, its share of the clips, and the steps it is judged in.
+
+    chained: its teacher is the student of the part before.
+    """
+
+    method: str
+    share: float
+    steps: tuple[int, ...]
+    changes: tuple[str, ...] = ()
+    chained: bool = False
+
+
+def progressive(steps: int, parts: int, *, chained: bool) -> Part:
+    guidance = "{s: 1}" if chained else "GUIDANCE"
+    method = f"{{name: progressive, guidance: {guidance}, teacher_steps: {parts}, student_steps: {steps}}}"
+    return Part(method, 0.25, (steps,), chained=chained)
+
+
+METHODS: dict[str, tuple[Part, ...]] = {
+    "consistency": (Part("{name: consistency, guidance: GUIDANCE, solver: euler, stages: 4}", 1.0, STEPS),),
+    "consistency, 4 phases": (
+        Part("{name: consistency, guidance: GUIDANCE, solver: euler, phases: 4, stages: 1, q: 1.3, student_steps: 4}", 1.0, (4,)),
+    ),
+    "mean_flow": (Part("{name: mean_flow, guidance: GUIDANCE}", 1.0, STEPS),),
+    "continuous_consistency": (Part("{name: continuous_consistency, guidance: GUIDANCE}", 1.0, STEPS, ("optimizer.lr=5e-4",)),),
+    "progressive": (
+        progressive(8, 2, chained=False),
+        *(progressive(steps, 2, chained=True) for steps in (4, 2, 1)),
+    ),
+    "consistency, from data": (Part("{name: consistency, guidance: {s: 1}, flow: data, stages: 4}", 1.0, STEPS),),
+}
+"""The parts of a method are distilled one after another."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of all attempts at a cell. cpu_seconds: of all threads, which a busy machine does not stretch. gib: the largest resident set."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    gib: float = 0.0
+
+
+def command(*arguments: str, record: Path | None = None) -> None:
+    """Run a command of the project, or end with its exit code; add what it cost to the file `record`."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    if record is not None:
+        before = read_cost(record)
+        cost = Cost(
+            before.seconds + time.monotonic() - start,
+            before.cpu_seconds + usage.ru_utime + usage.ru_stime,
+            max(before.gib, usage.ru_maxrss / 2**20),
+        )
+        record.write_text(json.dumps(vars(cost)))
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(code)
+
+
+def read_cost(path: Path) -> Cost:
+    return Cost(**json.loads(path.read_text())) if path.is_file() else Cost()
+
+
+def distil(options: argparse.Namespace, name: str, seed: int) -> Path:
+    """Make the students of a cell and judge them; returns its folder."""
+    folder = options.out / f"{options.clips}" / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "evaluation" / "results.json").is_file():
+        return folder
+    contestants, teacher = [], options.teacher
+    for number, part in enumerate(METHODS[name]):
+        run = folder / f"part-{number}"
+        method = part.method.replace("GUIDANCE", f"{{s: {options.guidance}}}")
+        source = teacher if not part.chained else folder / f"part-{number - 1}"
+        changes = [f"method={method}", f"teacher.run={source}", f"out={run}", f"train.seed={seed}", "preview=null", *part.changes]
+        clips = f"train.samples={round(options.clips * part.share)}"
+        command("dit", "distill", "configs/demo/distill.yaml", *changes, clips, record=folder / "cost.json")
+        contestants += [{"run": str(run), "steps": steps} for steps in part.steps]
+    judge(options, contestants, folder / "evaluation")
+    return folder
+
+
+def judge(options: argparse.Namespace, contestants: list[dict[str, Any]], out: Path) -> None:
+    """Evaluate the contestants, all of the table on the same captions and noise."""
+    sizes = (f"samples={options.samples}", "per_caption=2", f"metrics={METRICS}")
+    command("dit", "evaluate", "configs/demo/evaluate.yaml", f"contestants={json.dumps(contestants)}", f"out={out}", *sizes)
+
+
+def figures(folder: Path, position: int) -> dict[str, float]:
+    """Means over both kinds of captions of what a row of the table shows. position: of the contestant; -1 is the reference."""
+    row = json.loads((folder / "results.json").read_text())["rows"][position]
+    values: Mapping[str, Mapping[str, Any]] = row["figures"]
+
+    def of(name: str, field: str = "value") -> float:
+        found = [split[name][field] for split in values.values() if name in split]
+        return mean(found) if found else float("nan")
+
+    half = (of("adherence/mean", "high") - of("adherence/mean", "low")) / 2 / len(values) ** 0.5
+    return {
+        "adherence": of("adherence/mean"),
+        "half": half,
+        "all": of("adherence/all"),
+        "frechet": of("frechet/random_conv"),
+        "diversity": of("diversity/random_conv"),
+        "seconds": row["seconds_per_clip"] or 0.0,
+    }
+
+
+def table(options: argparse.Namespace, cells: Mapping[tuple[str, int], Path]) -> str:
+    """The table in Markdown: a row for each method and number of steps, means over seeds with the range; who fails; what it cost."""
+    teacher, judged = options.out / "teacher", (options.teacher_steps, *reversed(STEPS))
+    reference, best = figures(teacher, -1), figures(teacher, 0)
+    equal = {steps: figures(teacher, position) for position, steps in enumerate(judged)}
+    lines = [
+        "| model | steps | adherence | / teacher | all | Fréchet | diversity / real |",
+        "|---|---|---|---|---|---|---|",
+        *(_row(f"teacher, s = {options.guidance}", steps, [equal[steps]], best, reference) for steps in judged),
+    ]
+    failures: list[str] = []
+    for name in options.methods:
+        parts = [steps for part in METHODS[name] for steps in part.steps]
+        for position, steps in sorted(enumerate(parts), key=lambda pair: -pair[1]):
+            seen = [figures(cells[name, seed] / "evaluation", position) for seed in range(options.seeds)]
+            lines.append(_row(name, steps, seen, best, reference))
+            rival = equal[steps]
+            change, half = mean(one["adherence"] for one in seen) - rival["adherence"], (seen[0]["half"] ** 2 + rival["half"] ** 2) ** 0.5
+            nearer = mean(one["frechet"] for one in seen) < rival["frechet"]
+            if change <= half or not nearer:
+                lines_of = f"adherence {change:+.3f} ±{half:.3f}, Fréchet {'nearer' if nearer else 'no nearer'}"
+                failures.append(f"- {name} in {steps}: {lines_of}")
+    heading = "Not better than the teacher in as many steps (adherence beyond its 95 % interval, and a smaller Fréchet distance):"
+    return "\n".join([*lines, "", heading, "", *(failures or ["- none"]), "", *_costs(options, cells)])
+
+
+def _row(name: str, steps: int, seen: list[dict[str, float]], best: Mapping[str, float], reference: Mapping[str, float]) -> str:
+    def cell(values: list[float], digits: int = 3) -> str:
+        spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+        return f"{mean(values):.{digits}f}{spread}"
+
+    adherence = [one["adherence"] for one in seen]
+    parts = [
+        f"{cell(adherence)} ±{seen[0]['half']:.3f}",
+        cell([value / best["adherence"] for value in adherence]),
+        cell([one["all"] for one in seen]),
+        cell([one["frechet"] for one in seen], 2),
+        cell([one["diversity"] / reference["diversity"] for one in seen], 2),
+    ]
+    return f"| {name} | {steps} | " + " | ".join(parts) + " |"
+
+
+def _costs(options: argparse.Namespace, cells: Mapping[tuple[str, int], Path]) -> list[str]:
+    lines = ["| method | updates | CPU seconds | wall seconds | largest resident set, GiB |", "|---|---|---|---|---|"]
+    for name in options.methods:
+        folders = [cells[name, seed] for seed in range(options.seeds)]
+        costs = [read_cost(folder / "cost.json") for folder in folders]
+        updates = sum(json.loads((folders[0] / f"part-{i}" / "status.json").read_text())["step"] for i in range(len(METHODS[name])))
+        seconds = (f"{mean(getattr(cost, field) for cost in costs):.0f}" for field in ("cpu_seconds", "seconds"))
+        lines.append(f"| {name} | {updates} | " + " | ".join(seconds) + f" | {max(cost.gib for cost in costs):.2f} |")
+    return lines
+
+
+def main() -> None:
+    """Distil and judge what is not done, print the table and write it to `--out`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--teacher", type=Path, default=Path("runs/demo/teacher"), help="run directory (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the teacher, as s (default: %(default)s)")
+    parser.add_argument("--teacher-steps", type=int, default=16, help="of the teacher at its best (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=9600, help="training clips of each method (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="students of each method (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=144, help="judged clips of each kind of captions (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("runs/students"), help="folder of all results (default: %(default)s)")
+    options = parser.parse_args()
+    teacher = options.out / "teacher"
+    if not (teacher / "results.json").is_file():
+        contestants = [{"run": str(options.teacher), "steps": steps} for steps in (options.teacher_steps, *reversed(STEPS))]
+        judge(options, contestants, teacher)
+    cells = {(name, seed): distil(options, name, seed) for seed in range(options.seeds) for name in options.methods}
+    text = table(options, cells)
+    (options.out / f"{options.clips}" / "table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
