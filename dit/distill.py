@@ -52,7 +52,7 @@ def main(run: DistillRun) -> int:
             f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
             "set method.derivative: difference"
         )
-    check_heads(run, base)
+    check_critic(run, base)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
@@ -97,9 +97,10 @@ def compose(
         student = equip(network, base.objective)
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
         module = with_critic(run.method, student, teacher, config.hidden_size).to(distributed.device())
-    critic, heads = as_flow(base, partial(module, "critic")), discriminator_of(run.method, module, teacher)
-    method = build_distillation(run.method, guided, base.objective.shift, critic, heads)
-    engine = Engine(module, run, stream.packs_per_rank, turns_of(run))
+    turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher)
+    critic = as_flow(base, partial(module, "critic")) if turns else None
+    method = build_distillation(run.method, guided, base.objective.shift, critic, discriminator)
+    engine = Engine(module, run, stream.packs_per_rank, turns)
 
     def losses_of(pack: RawPack, progress: float) -> Losses:
         return objective_at(method, engine.step)(as_flow(base, module), stream.encode(pack), progress)
@@ -120,15 +121,17 @@ def turns_of(run: DistillRun) -> Turns | None:
     return Turns({"student": run.optimizer, "critic": critic.optimizer}, lambda step: turn_of(step, critic.steps).network)
 
 
-def check_heads(run: DistillRun, base: TrainRun) -> None:
-    """Raise UserError unless the heads of `run`, if it has any, can see tokens of its teacher."""
-    heads = heads_of(run.method)
-    if heads is None:
-        return
-    if max(heads.blocks) >= base.backbone.depth:
+def check_critic(run: DistillRun, base: TrainRun) -> None:
+    """Raise UserError unless the critic of `run`, if it has any, can be made of its teacher, and heads can see its tokens."""
+    heads, path = heads_of(run.method), base.objective.path.name
+    if turns_of(run) and path == "learned":
+        raise UserError(
+            f"method.name={run.method.name}: a critic cannot share the schedule that {run.teacher.run} has learned; use consistency"
+        )
+    if heads and max(heads.blocks) >= base.backbone.depth:
         raise UserError(f"method.critic: heads on block {max(heads.blocks)}, but the teacher's blocks are 0 to {base.backbone.depth - 1}")
-    if base.objective.path.name != "rectified_flow":
-        raise UserError(f"method.critic: heads need a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}")
+    if heads and path != "rectified_flow":
+        raise UserError(f"method.critic: heads need a teacher on rectified flow, and {run.teacher.run} is on {path}")
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:
