@@ -134,6 +134,10 @@ def turns() -> None:
     for stage, precision, offload in modes:
         name = f"turns-{distributed.world_size()}-{stage}-{precision}-{offload}"
         engine = new_pair(ROOT / name, zero_stage=stage, precision=precision, offload=offload)
+        first, second = (sum(p.numel() for p in net.parameters()) for net in (new_net(), new_net(9)))
+        held = sum(view.nbytes for f in engine.owned() for view in f.views.values())
+        averages = len(ema_kinds(engine.run.ema))
+        assert int(distributed.all_reduce_sum(torch.tensor(held))) == 4 * ((3 + averages) * first + 3 * second)
         for _ in range(7):
             take_turn(engine)
         save(engine, ROOT / name)
