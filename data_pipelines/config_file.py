@@ -5,6 +5,7 @@ replaces its parent's section whole. Overrides are `dotted.key=value` with YAML 
 """
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,11 @@ def load_run(root: type[Run], path: str | None, overrides: Sequence[str] = ()) -
         return root.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_report(root, path, places, error)) from None
+
+
+def has_section(path: str, name: str) -> bool:
+    """Whether the YAML file `path`, or its base, has a section `name`. Raises ConfigError if it cannot be read."""
+    return name in _read_with_base(Path(path))[0]
 
 
 def save_resolved(run: BaseModel, path: Path) -> None:
@@ -146,12 +152,9 @@ def _describe(root: type[BaseModel], path: str, places: dict[Location, str], det
             return f"{place}: unknown key {key} (value {_short(got)}){hint}. Allowed here: {', '.join(names) or 'nothing'}"
         case "missing":
             return f"{place}: missing key {key}{_doc(root, location)}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            allowed = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")] if kind == "union_tag_invalid" else []
-            allowed = [tag for tag in allowed if tag] or _tags_at(root, location[:-1])
-            return f"{place}: {key} is {_short(got)}{_nearest(str(got), allowed)}. Allowed: {', '.join(allowed)}"
-        case "literal_error":
-            allowed = [str(value) for value in _literals_at(root, location)]
+        case "union_tag_invalid" | "union_tag_not_found" | "literal_error":
+            allowed = re.findall(r"[^\s',]+(?=')|\d+", str(context.get("expected_tags") or context.get("expected", "")))
+            allowed = allowed or [tag for model in _models_at(root, location[:-1]) if (tag := _tag(model))]
             return f"{place}: {key} is {_short(got)}{_nearest(str(got), allowed)}. Allowed: {', '.join(allowed)}"
         case "value_error":
             message = str(context.get("error", detail["msg"]))
@@ -216,22 +219,6 @@ def _tag(model: type[BaseModel]) -> str | None:
     field = model.model_fields.get("name")
     literals = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
     return str(literals[0]) if literals else None
-
-
-def _tags_at(root: type[BaseModel], location: Location) -> list[str]:
-    return [tag for model in _models_at(root, location) if (tag := _tag(model))]
-
-
-def _literals_at(root: type[BaseModel], location: Location) -> list[object]:
-    names = [part for part in location if not isinstance(part, int)]
-    annotations = [m.model_fields[names[-1]].annotation for m in _models_at(root, tuple(names[:-1])) if names[-1] in m.model_fields]
-    return [value for annotation in annotations for value in _flatten_literals(annotation)]
-
-
-def _flatten_literals(annotation: Any) -> list[object]:
-    if get_origin(annotation) is Literal:
-        return list(get_args(annotation))
-    return [value for part in get_args(annotation) for value in _flatten_literals(part)]
 
 
 def _without_tags(root: type[BaseModel], location: Location) -> Location:

@@ -9,9 +9,10 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
 from data_pipelines.errors import AccessDenied, StorageUnavailable, UserError
 
@@ -21,12 +22,14 @@ STALL_SECONDS = 10.0
 """How long one attempt may go without a byte."""
 
 _CHUNK = 1 << 20
+_PART, _MOST_PARTS, _SENDERS = 8 << 20, 10_000, 4  # 10,000 parts is what S3 takes; memory of an upload is four parts
+_SLOWEST = 1 << 18  # bytes a second that an upload may take before its attempt counts as stalled
 _PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds; the pause is drawn from [0, min(longest, 0.1 * 2^attempt)], so ranks do not come back at once
 _DRAW = random.SystemRandom()  # no draw of a run comes from a process-wide generator, nor may this one disturb it
 _MISSING = ("NoSuchKey", "NoSuchBucket", "404")
 _TEMPORARY = ("SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "InternalError", "ServiceUnavailable")
 
-Result = TypeVar("Result")
+Attempt = Callable[[Any, asyncio.Timeout], Awaitable[None]]
 
 
 def read_object(address: str, start: int = 0, end: int | None = None) -> bytes:
@@ -57,19 +60,24 @@ def read_object(address: str, start: int = 0, end: int | None = None) -> bytes:
 
 def list_objects(address: str) -> dict[str, int]:
     """Address and length of every object directly below the folder `address`. Raises FileNotFoundError if there is none."""
+    if not (found := list_tree(address, Delimiter="/")):
+        raise FileNotFoundError(address)
+    return found
+
+
+def list_tree(address: str, **options: str) -> dict[str, int]:
+    """Address and length of every object below the folder `address`. Raises FileNotFoundError if there is no such bucket."""
     bucket, key = _split(address)
     prefix = key.rstrip("/") + "/" if key else ""
     found: dict[str, int] = {}
 
     async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, **options)
         async for page in pages:
             found.update({f"s3://{bucket}/{item['Key']}": int(item["Size"]) for item in page.get("Contents", [])})
             _extend(deadline)
 
     _persist(address, attempt, lambda: len(found))
-    if not found:
-        raise FileNotFoundError(address)
     return found
 
 
@@ -78,9 +86,72 @@ def write_object(address: str, data: bytes) -> None:
     bucket, key = _split(address)
 
     async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
+        _extend(deadline, len(data))
         await client.put_object(Bucket=bucket, Key=key, Body=data)
 
     _persist(address, attempt, lambda: 0)
+
+
+def delete_object(address: str) -> None:
+    """Delete an object; it need not be there. Raises AccessDenied, StorageUnavailable."""
+    bucket, key = _split(address)
+
+    async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
+        await client.delete_object(Bucket=bucket, Key=key)
+
+    with suppress(FileNotFoundError):
+        _persist(address, attempt, lambda: 0)
+
+
+def upload_object(address: str, file: BinaryIO) -> None:
+    """Write the content of `file` as one object: parts of 8 MiB, four at a time, each tried again by itself; the object appears whole.
+
+    Raises AccessDenied, StorageUnavailable, OSError; the store is then told to forget the parts.
+    """
+    size = os.fstat(file.fileno()).st_size
+    part = max(_PART, -(-size // _MOST_PARTS))
+    if size <= part:
+        write_object(address, os.pread(file.fileno(), size, 0))
+        return
+    bucket, key = _split(address)
+    place = {"Bucket": bucket, "Key": key}
+    tags: dict[int, str] = {}
+
+    async def begin(client: Any, deadline: asyncio.Timeout) -> None:
+        place["UploadId"] = (await client.create_multipart_upload(**place))["UploadId"]
+
+    async def complete(client: Any, deadline: asyncio.Timeout) -> None:
+        parts = [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
+        _extend(deadline, size)  # some stores put the object together only now
+        await client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts})
+
+    async def abort(client: Any, deadline: asyncio.Timeout) -> None:
+        await client.abort_multipart_upload(**place)
+
+    def send(number: int) -> None:
+        data = os.pread(file.fileno(), part, (number - 1) * part)
+
+        async def attempt(client: Any, deadline: asyncio.Timeout) -> None:
+            _extend(deadline, len(data))
+            tags[number] = (await client.upload_part(**place, PartNumber=number, Body=data))["ETag"]
+
+        _persist(address, attempt, lambda: 0)
+
+    _persist(address, begin, lambda: 0)
+    senders = ThreadPoolExecutor(_SENDERS)
+    try:
+        list(senders.map(send, range(1, -(-size // part) + 1)))
+        with suppress(FileNotFoundError):  # it was completed, and only the answer was lost
+            _persist(address, complete, lambda: 0)
+    except Exception:
+        senders.shutdown(cancel_futures=True)
+        with suppress(Exception):  # a store that is away cannot be told; a lifecycle rule of the bucket clears such parts
+            from fsspec.asyn import sync
+
+            sync(_filesystem(os.getpid()).loop, _once, abort)
+        raise
+    finally:
+        senders.shutdown()
 
 
 def _split(address: str) -> tuple[str, str]:
@@ -98,25 +169,26 @@ def _filesystem(process: int) -> Any:
     return s3fs.S3FileSystem(config_kwargs=config, skip_instance_cache=True)
 
 
-def _extend(deadline: asyncio.Timeout) -> None:
-    deadline.reschedule(asyncio.get_running_loop().time() + STALL_SECONDS)
+def _extend(deadline: asyncio.Timeout, size: int = 0) -> None:
+    """Allow as long again, and the time that `size` bytes take on a slow line."""
+    deadline.reschedule(asyncio.get_running_loop().time() + STALL_SECONDS + size / _SLOWEST)
 
 
-def _persist(address: str, attempt: Callable[[Any, asyncio.Timeout], Awaitable[None]], progress: Callable[[], int]) -> None:
+async def _once(attempt: Attempt) -> None:
+    client = await _filesystem(os.getpid()).set_session()  # made once, and not by the server that the deadline is for
+    async with asyncio.timeout(STALL_SECONDS) as deadline:
+        await attempt(client, deadline)
+
+
+def _persist(address: str, attempt: Attempt, progress: Callable[[], int]) -> None:
     """Await `attempt` until it succeeds; patience and pauses begin anew with every byte that arrives."""
     from fsspec.asyn import sync
 
     fs = _filesystem(os.getpid())
-
-    async def bounded() -> None:
-        client = await fs.set_session()  # made once, and not by the server that the deadline is for
-        async with asyncio.timeout(STALL_SECONDS) as deadline:
-            await attempt(client, deadline)
-
     tries, since, before = 0, time.monotonic(), 0
     while True:
         try:
-            return sync(fs.loop, bounded)  # type: ignore[no-any-return]
+            return sync(fs.loop, _once, attempt)  # type: ignore[no-any-return]
         except Exception as error:
             reason = _reason_to_retry(error, address)
         if progress() > before:

@@ -3,6 +3,7 @@
 Knows nothing of tars, folders, decoding or plans.
 """
 
+import codecs
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -78,6 +79,6 @@ def read_caption(data: bytes) -> str:
     if len(data) > MAX_CAPTION_BYTES:
         raise BadSample("caption larger than 1 MiB")
     try:
-        return data.decode("utf-8-sig").strip()
+        return data.removeprefix(codecs.BOM_UTF8).decode().strip()
     except UnicodeDecodeError as error:
         raise BadSample("caption is not UTF-8") from error

@@ -35,20 +35,17 @@ class _Hashed:
         self._from = 0
 
     def write(self, *pieces: bytes) -> None:
-        for piece in pieces:
-            if len(piece) >= _BATCH:
-                self.flush()
-            self._held.append(piece)
-            self.length += len(piece)
-            if self.length - self._from >= _BATCH:
-                self.flush()
+        self._held += pieces
+        self.length += sum(map(len, pieces))
+        if self.length - self._from >= _BATCH:
+            self.flush()
 
     def flush(self) -> None:
-        if self._held:
-            data = self._held[0] if len(self._held) == 1 else b"".join(self._held)
-            self.hash.update(data)
-            self.file.write(data)
-        self._held, self._from = [], self.length
+        for piece in self._held:
+            self.hash.update(piece)
+            self.file.write(piece)
+        self._held.clear()
+        self._from = self.length
 
 
 class ShardWriter:

@@ -126,11 +126,6 @@ def pieces(address: str) -> Iterator[bytes]:
         yield piece
 
 
-def read_member(address: str, offset: int, length: int, expected: str) -> bytes:
-    """Read one member of the shard at `address`. Raises BadSample unless its content has the checksum `expected`."""
-    return read_members(address, {"": Member(offset, length, expected)})[""]
-
-
 def read_members(address: str, members: Mapping[str, Member]) -> dict[str, bytes]:
     """Read and verify several members of one sample. Raises BadSample."""
     return {name: bytes(data) for name, data in read_into(address, members, memoryview(bytearray(room_for(members)))).items()}
@@ -138,7 +133,7 @@ def read_members(address: str, members: Mapping[str, Member]) -> dict[str, bytes
 
 def room_for(members: Mapping[str, Member]) -> int:
     """Bytes of memory that `read_into` takes for these members."""
-    return sum(map(_aligned, (length for _, length in _ranges(members))))
+    return sum(_aligned(length) for _, length in _ranges(members))
 
 
 def read_into(address: str, members: Mapping[str, Member], memory: memoryview) -> dict[str, memoryview]:
@@ -163,11 +158,12 @@ def read_into(address: str, members: Mapping[str, Member], memory: memoryview) -
 
 def _ranges(members: Mapping[str, Member]) -> list[tuple[int, int]]:
     """(offset, length) of all members together, or of each in order if they lie far apart."""
-    first = min((member.offset for member in members.values()), default=0)
-    last = max((member.offset + member.length for member in members.values()), default=0)
-    if last - first <= sum(member.length for member in members.values()) + _GAP * len(members):
-        return [(first, last - first)]
-    return [(member.offset, member.length) for member in members.values()]
+    first, last, total = 1 << 63, 0, 0
+    for offset, length, _ in members.values():
+        first, last, total = min(first, offset), max(last, offset + length), total + length
+    if last - first > total + _GAP * len(members):
+        return [(member.offset, member.length) for member in members.values()]
+    return [(first, last - first)] if members else []
 
 
 def _aligned(length: int) -> int:

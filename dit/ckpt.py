@@ -12,7 +12,8 @@ from data_pipelines.progress import track
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 from dit.interop.wan import channels_of, diffusers_config, to_diffusers
-from dit.runs import TrainedRun, lock_for_writing, make_folder
+from dit.runs import TrainedRun, make_folder
+from dit.runtime.lease import lock_for_writing
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,11 +14,12 @@ from dit.runtime import heartbeat
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: its config root (a class of dit.config, or none), what it does, and an example."""
+    """One command: its config root (a class of dit.config), what it does, and an example. student_root: of a config with a teacher."""
 
     root: str
     summary: str
     example: str
+    student_root: str | None = None
 
 
 VERBS = {
@@ -27,8 +28,9 @@ VERBS = {
     ),
     "plan": Verb(
         "TrainRun",
-        "say what a training will do with its data, without training",
+        "say what a training or distillation will do with its data, and what it costs, without running it",
         "dit plan configs/train/videos.yaml data.packs_per_step=64",
+        "DistillRun",
     ),
     "distill": Verb(
         "DistillRun", "make a few-step student of a trained run; the same command resumes", "dit distill configs/demo/distill.yaml"
@@ -91,10 +93,11 @@ def _dispatch(arguments: list[str]) -> int:
         return int(importlib.import_module(f"dit.{arguments[0]}").main(arguments[1:]) or 0)
     options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
     verb = VERBS[options.verb]
-    config = importlib.import_module("dit.config")
-    run = importlib.import_module("data_pipelines.config_file").load_run(getattr(config, verb.root), options.config, options.overrides)
+    config, files = importlib.import_module("dit.config"), importlib.import_module("data_pipelines.config_file")
+    root = verb.student_root if verb.student_root and files.has_section(options.config, "teacher") else verb.root
+    run = files.load_run(getattr(config, root), options.config, options.overrides)
     if options.check:
-        print(f"{options.config}: valid {verb.root}")
+        print(f"{options.config}: valid {root}")
         return 0
     return int(importlib.import_module(f"dit.{options.verb}").main(run) or 0)
 

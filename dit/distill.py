@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
@@ -32,9 +33,10 @@ from dit.drawing import Preview, guide
 from dit.engine import durable
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
+from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
 from dit.engine.turns import Turns
-from dit.models import build_backbone
+from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
 from dit.runtime.losses import Losses
@@ -89,14 +91,18 @@ def compose(
 ) -> tuple[Engine, LossesOf, Distillation | Alternating]:
     """The engine with the teacher's weights, what it is trained on, and the method with its teacher. trained: the teacher's run."""
     base = trained.base
-    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, distributed.device())
-    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, torch.device("cpu"))
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
         student = equip(network, base.objective)
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
         module = with_critic(run.method, student, teacher, config.hidden_size).to(distributed.device())
+    if run.engine.compile:
+        compile_blocks(network)
+    is_judge = isinstance(run.method, AdversarialConfig)  # gradients go through it, so it stays whole
+    teacher = place_frozen(teacher, run.engine.model_copy(update={"zero_stage": 0}) if is_judge else run.engine)
+    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher)
     critic = as_flow(base, partial(module, "critic")) if turns else None
     method = build_distillation(run.method, guided, base.objective.shift, critic, discriminator)

@@ -11,6 +11,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.progress import track
 from dit import distill, train
 from dit.config import DistillRun, TrainRun
+from dit.config.engine import EngineConfig
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Outcome
 from dit.engine.loop import accumulate
@@ -63,7 +64,7 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
 
 def _alone(run: TrainRun | DistillRun) -> TrainRun | DistillRun:
     """`run` as one process takes it."""
-    return run.model_copy(update={"engine": run.engine.model_copy(update={"zero_stage": 0, "offload": "none", "sequence_parallel": 1})})
+    return run.model_copy(update={"engine": EngineConfig(zero_stage=0, precision=run.engine.precision)})
 
 
 def _recorded(run: Path, step: int) -> dict[str, Any]:

@@ -4,15 +4,14 @@ config.resolved.yaml  env.json  command.txt  [teacher.resolved.yaml]  data.txt  
 checkpoints/  samples/  tensorboard/
 """
 
-import fcntl
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +32,17 @@ from dit.distillation import build_student_sampling, student_backbone
 from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
+from dit.engine.store import Store
 from dit.models import build_backbone
 from dit.runtime import distributed
+from dit.runtime.lease import lock_for_writing
 
 log = logging.getLogger(__name__)
 FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
 FREE_KEYS = (
+    "backbone.activation_checkpointing",
+    "backbone.attention_backend",
     "data.num_workers",
     "data.max_bad_fraction",
     "data.sample_seconds",
@@ -124,7 +127,7 @@ class TrainedRun:
 def make_folder(path: str, key: str) -> Path:
     """Make the folder `path` of the config key `key`. Raises UserError if that is impossible."""
     if "://" in path:
-        raise UserError(f"{key}={path}: expected a local folder; what is written there can be copied to a store afterwards, as it is")
+        raise UserError(f"{key}={path}: expected a local folder; see train.checkpoint_store for a copy of a run in a store")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file of that name, no permission, a full disk
@@ -147,6 +150,8 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     if writer := distributed.gather_json(lock_for_writing(folder) if distributed.rank() == 0 else None)[0]:
         raise UserError(f"out={folder} is being written by {writer}: wait for it, end it, or give another `out`")
     resolved = folder / "config.resolved.yaml"
+    if run.train.checkpoint_store:
+        distributed.on_first(lambda: _bring_from_store(run))
     if resolved.is_file() and durable.published(folder / "checkpoints"):
         _refuse_another_run(load_run(type(run), str(resolved)), run, folder)
     distributed.barrier()  # every rank has read the old config before one writes the new
@@ -163,31 +168,25 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     return folder
 
 
-def lock_for_writing(folder: Path) -> str | None:
-    """Make this process the only writer of `folder` until it ends, however it ends; returns who is, if there is one.
-
-    A killed launcher may leave ranks behind that train on, and two jobs may be sent to one folder.
-    """
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: the lock goes with the process
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return (folder / ".lock").read_text().strip() or "another process"
-    except OSError as error:  # not every network file system has locks
-        log.warning("%s cannot be locked (%s): start no second command on it", folder, error.strerror)
-    os.truncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
-    return None
+def _bring_from_store(run: TrainRun | DistillRun) -> None:
+    """Have the newest checkpoint of the run in its directory. Raises UserError if the store holds another run."""
+    store = Store(run)
+    if (theirs := store.config()) is not None:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(theirs)
+            file.flush()
+            _refuse_another_run(load_run(type(run), file.name), run, store.address)
+    store.bring()
 
 
-def _refuse_another_run(old: Section, new: Section, folder: Path) -> None:
+def _refuse_another_run(old: Section, new: Section, folder: Path | str) -> None:
     before, now = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     fixed = [key for key in changed if _is_of(key, FIXED_KEYS) and not _is_of(key, FREE_KEYS)]
     if fixed:
         lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
         raise UserError(
-            f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another `out`, or delete that folder"
+            f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another one, or delete that folder"
         )
 
 

@@ -11,7 +11,7 @@ from dit.drawing import Preview
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
 from dit.engine.loop import LossesOf, fit
-from dit.models import build_backbone
+from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, null_label, open_for_writing
 from dit.runtime import distributed
 from dit.stream import Stream, left_out
@@ -51,5 +51,7 @@ def compose(run: TrainRun, encoders: Encoders, stream: Stream) -> tuple[Engine, 
     with distributed.seeded(run.train.seed):
         network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
         backbone = equip(network, run.objective)
+    if run.engine.compile:
+        compile_blocks(network)
     engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(engine.module, stream.encode(pack), progress)

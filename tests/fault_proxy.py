@@ -52,7 +52,7 @@ class FaultProxy:
                 upstream.close()
                 self.answer(reply, data, proxy.fault(request) or Fault())
 
-            do_PUT = do_HEAD = do_GET
+            do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
 
             def answer(self, reply: http.client.HTTPResponse, data: bytes, fault: Fault) -> None:
                 if fault.status is not None:

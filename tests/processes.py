@@ -76,15 +76,15 @@ class Forks:
         assert answer, f"the forking process ended with {self.parent.wait()}"
         return json.loads(answer)
 
-    def start(self, *argv: str, ranks: int = 1, fault: str = "") -> "Ranks":
+    def start(self, *argv: str, ranks: int = 1, fault: str = "", absent: int | None = None) -> "Ranks":
         """Start `dit ARGV`, or a script if ARGV begins with one, as `ranks` processes of one group.
 
-        fault: `point:rank:n`, see dit/runtime/faults.py.
+        fault: `point:rank:n`, see dit/runtime/faults.py. absent: rank left out.
         """
         self.count += 1
         port = free_port()
         pids, files = [], []
-        for rank in range(ranks):
+        for rank in (rank for rank in range(ranks) if rank != absent):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
             env = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"} if ranks > 1 else {}
             env |= {"DIT_FAULT": fault} if fault else {}

@@ -81,6 +81,11 @@ class DistillRun(FitRun):
                 "engine.precision=bf16 and method.derivative=difference: a difference of bf16 answers is rounding alone; "
                 "set method.derivative: forward, or engine.precision: fp32"
             )
+        if self.engine.compile and getattr(self.method, "derivative", None) == "forward":
+            raise ValueError(
+                "engine.compile=true and method.derivative=forward: compiled blocks have no forward mode; "
+                "set method.derivative: difference, or engine.compile: false"
+            )
         return self
 
 

@@ -34,8 +34,8 @@ class SpatioTemporalDiTConfig(Section):
     """Sinusoidal features of t."""
     attention_backend: Literal["sdpa", "xformers"] = "sdpa"
     """xformers runs on CUDA only."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` recomputes every block in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """`full` recomputes every block in the backward pass. `selective` keeps attention and matrix products, recomputes what is between."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from data_pipelines.config import Section
+from data_pipelines.config import Section, Size
 
 DType = Literal["float32", "bfloat16"]
 
@@ -25,6 +25,8 @@ class HFTextConfig(Section):
     """Captions are cut here."""
     pad: Literal["packed", "zeros_to_max_unmasked"] = "packed"
     """`packed`: real tokens only. `zeros_to_max_unmasked`: zero rows up to max_tokens, attended to, as Wan was trained."""
+    width: PositiveInt | None = None
+    """Channels of a text token, checked when the encoder is loaded; `dit plan` then needs no weights."""
     dtype: DType = "float32"
 
 
@@ -47,6 +49,10 @@ class DiffusersVAEConfig(Section):
     subfolder: str | None = None
     posterior: Literal["mean", "sample"] = "mean"
     """`sample`: latents are drawn from the posterior anew in every epoch, by the sample's key; a cache then holds mean and deviation."""
+    channels: PositiveInt | None = None
+    """Of a latent; checked, like `stride`, when the codec is loaded; with both `dit plan` needs no weights."""
+    stride: Size | None = None
+    """Frames, rows and columns that one latent covers."""
     dtype: DType = "float32"
 
 

@@ -34,14 +34,25 @@ class EngineConfig(Section):
     """optimizer: master weights, optimizer states and EMA stay in host memory, and the step is taken there. Stages 2 and 3."""
     whole_below: NonNegativeInt = 10_000
     """Under stage 3, parameters of fewer elements stay whole on every rank: a message would cost more than it saves."""
+    gather_within: PositiveInt = 1
+    """Under stage 3, neighbouring ranks that keep a second copy of the weights among them, such as those of one node, from which the
+    backward pass gathers (hpZ of ZeRO++, arXiv:2306.10209, 3.2). Costs 1 / gather_within of the weights in memory; 1 keeps none."""
+    compile: bool = False
+    """Compile the blocks by torch.compile, attention aside. The first steps take longer; not under stage 3."""
     sequence_parallel: PositiveInt = 1
     """Neighbouring ranks that compute a pack together, each a part of its tokens and, in self-attention, of the heads (Ulysses). Divides
     the number of processes and backbone.num_heads; data.packs_per_step is dealt to world size / sequence_parallel groups."""
 
     @model_validator(mode="after")
-    def _check_offload(self) -> "EngineConfig":
+    def _options_fit_the_stage(self) -> "EngineConfig":
         if self.offload != "none" and self.zero_stage < 2:
             raise ValueError(f"offload={self.offload} needs zero_stage 2 or 3, got {self.zero_stage}")
+        if self.gather_within > 1 and self.zero_stage < 3:
+            raise ValueError(
+                f"gather_within={self.gather_within} needs zero_stage 3, got {self.zero_stage}: below, every rank has all weights"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile=true needs zero_stage 0, 1 or 2, got 3: its weights are gathered inside what would be compiled")
         return self
 
 
@@ -79,6 +90,9 @@ class TrainConfig(Section):
     """Newest checkpoints kept; the newest valid one is never deleted."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints whose step is a multiple of this are kept for ever."""
+    checkpoint_store: Annotated[str, Field(pattern=r"^s3://[^/\s]+(/[^/\s]+)*$")] | None = None
+    """Such as s3://bucket/runs/a: every checkpoint is also uploaded there while training goes on, and a run whose directory has none
+    newer goes on from there. Of one run alone."""
     async_save: bool = True
     """Copy the state to host memory and write it while training goes on; at most one checkpoint is being written at a time."""
 

@@ -213,13 +213,14 @@ def _print_edits(count: int) -> None:
     cond, quantiles = pack_conditioning([(2 * count, 1, 1)], [torch.zeros(1, 4)]), truth.given(value).quantiles(count)
     told = Told(truth, RECTIFIED_FLOW, known.latents, known.mask)
     print("\n| second token of a pair, given the first | steps | repeats | jump | Wasserstein-2 |\n|---|---|---|---|---|")
-    rows: list[tuple[str, Denoiser, tuple[int, int, int]]] = [
-        ("told clean tokens", told, (40, 1, 1)),
-        *(("replacement", truth, resampling) for resampling in ((40, 1, 4), (40, 10, 4), (160, 10, 12), (160, 24, 12))),
+    rows: list[tuple[str, Denoiser, str, int, float, int, int]] = [
+        ("told clean tokens", told, "heun", 40, 1.0, 1, 1),
+        ("replacement", truth, "ancestral", 40, 0.3, 1, 4),
+        ("replacement", truth, "ancestral", 40, 0.3, 10, 4),
     ]
-    for name, denoiser, (steps, repeats, jump) in rows:
-        sampling = SamplingConfig(sampler="ancestral", steps=steps, shift=0.3)
-        drawn = complete(denoiser, known, cond, [0], levels(sampling, 1.0), sampling, RECTIFIED_FLOW, repeats, jump)[1::2, 0]
+    for name, denoiser, sampler, steps, k, repeats, jump in rows:
+        sampling = SamplingConfig.model_validate({"sampler": sampler, "steps": steps})
+        drawn = complete(denoiser, known, cond, [0], levels(sampling, k), sampling, RECTIFIED_FLOW, repeats, jump)[1::2, 0]
         error = float((drawn.sort().values - quantiles).square().mean().sqrt())
         print(f"| {name} | {steps} | {repeats} | {jump} | {error:.4f} |")
 

@@ -76,6 +76,12 @@ def load_own(load: Callable[[str | None], Module], path: str | None, key: str) -
         raise UserError(f"{key}: {error}") from error
 
 
+def check_declared(key: str, declared: object, found: object) -> None:
+    """Raise UserError that names `key` unless what a config declares, if it does, is what the encoder has."""
+    if declared is not None and declared != found:
+        raise UserError(f"{key}: got {declared}, and this encoder has {found}: change it, or leave it out")
+
+
 def device_of(module: nn.Module) -> torch.device:
     """Where the weights are."""
     return next(module.parameters()).device

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from dit.config.encoders import HFTextConfig
-from dit.encoders.base import CODE_VERSION, Fingerprint, device_of, frozen, hash_of_weights, load_own
+from dit.encoders.base import CODE_VERSION, Fingerprint, check_declared, device_of, frozen, hash_of_weights, load_own
 from dit.encoders.small_text import SmallTextEncoder
 
 
@@ -45,6 +45,7 @@ class HFTextEncoder(nn.Module):
         self.model, self.tokenizer = _load(config)
         settings: Any = self.model.config
         self.width: int = settings.hidden_size
+        check_declared("encoders.text.width", config.width, self.width)
         positions = getattr(settings, "max_position_embeddings", None)
         if positions is not None and config.max_tokens > positions:
             raise UserError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Grid
 from dit.config.encoders import DiffusersVAEConfig
-from dit.encoders.base import CODE_VERSION, Fingerprint, causal_latent_size, device_of, frozen, hash_of_weights, load_own
+from dit.encoders.base import CODE_VERSION, Fingerprint, causal_latent_size, check_declared, device_of, frozen, hash_of_weights, load_own
 from dit.encoders.small_vae import SmallVideoVAE
 
 CLASSES = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderDC")
@@ -69,6 +69,8 @@ class DiffusersVAE(nn.Module):
             raise UserError("encoders.latents.posterior: an AutoencoderDC has no posterior to draw from; take 'mean'")
         self.layout = layout = layout_of(self.model)
         self.channels, self.stride = layout.channels, layout.stride
+        check_declared("encoders.latents.channels", config.channels, self.channels)
+        check_declared("encoders.latents.stride", config.stride, self.stride)
         self.register_buffer("mean", torch.tensor(layout.mean).view(-1, 1, 1, 1))  # (C, 1, 1, 1)
         self.register_buffer("std", torch.tensor(layout.std).view(-1, 1, 1, 1))  # (C, 1, 1, 1)
         self.mean: Tensor

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.errors import UserError
 from dit.config import FitRun
+from dit.engine.memory import BUCKET_ELEMENTS
 from dit.engine.optimizer import AdamWithEMA
 from dit.engine.places import Place
-
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients reduced, or weights gathered, in one message."""
+from dit.runtime import distributed
 
 
 def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def ds_config(run: FitRun, accumulation: int) -> dict[str, Any]:
         "overlap_comm": False,
         "contiguous_gradients": torch.cuda.is_available(),  # one more copy, which keeps the memory of a GPU in one piece
         "stage3_param_persistence_threshold": run.engine.whole_below,
+        "zero_hpz_partition_size": run.engine.gather_within,
     }
     if run.engine.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -51,6 +52,11 @@ class ZeroShards:
     def __init__(self, module: nn.Module, optimizer: AdamWithEMA, run: FitRun, accumulation: int) -> None:
         import deepspeed  # seconds to import, and after the environment of `distributed.init`
 
+        if rest := distributed.world_size() % run.engine.gather_within:
+            raise UserError(
+                f"world size % engine.gather_within = {distributed.world_size()} % {run.engine.gather_within} = {rest}, expected 0: "
+                "change either; the processes of one node are usual"
+            )
         with redirect_stdout(io.StringIO()):  # one of its optimizers prints memory statistics unasked
             self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config(run, accumulation))
         self._zero: Any = self._engine.optimizer
@@ -112,6 +118,7 @@ class ZeroShards:
             self._zero.update_lp_params()
             return
         self._zero._partition_all_parameters()
+        self._zero.invalidate_secondary_tensor()  # the copies within groups of ranks
         for group in range(len(self.masters)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if persistent := self._zero.persistent_parameters:  # small ones, which stay gathered

@@ -66,6 +66,11 @@ def publish(staged: Path, root: Path, step: int, entries: Sequence[Entry]) -> Pa
     _flush(staged / MANIFEST)
     _flush(staged)
     faults.point("save.manifested")
+    return appear(staged, root, step)
+
+
+def appear(staged: Path, root: Path, step: int) -> Path:
+    """Give the complete folder `staged` its name, in place of any that has it; returns its path."""
     final = step_folder(root, step)
     if final.exists():  # left by an earlier run of the same step: an invalid one, or a resume behind it
         final.rename(root / f".replaced-{final.name}")
@@ -94,19 +99,24 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         return [f"{path}: unreadable ({error})"]
     if data != canonical:
         return [f"{path}: its checksum does not match its contents"]
-    if step_folder(folder.parent, step) != folder:
+    if folder.name not in (step_folder(folder, step).name, staging_name(step)):
         return [f"{path}: written for step {step}"]
     return [problem for entry in entries[share::shares] if (problem := _file_problem(folder / str(entry["name"]), entry))]
 
 
 def retain(root: Path, keep: int, newest_valid: int, every: int | None = None) -> list[int]:
     """Delete all but the newest `keep` steps of `root` and multiples of `every`, and never `newest_valid`; returns what was deleted."""
-    doomed = [step for step in published(root)[keep:] if step != newest_valid and (every is None or step % every)]
+    doomed = superfluous(published(root), keep, newest_valid, every)
     for step in doomed:
         folder = step_folder(root, step)
         hidden = folder.rename(root / f".deleting-{folder.name}")  # never half a folder under a name that counts
         shutil.rmtree(hidden)
     return doomed
+
+
+def superfluous(steps: Sequence[int], keep: int, newest_valid: int, every: int | None) -> list[int]:
+    """Which of `steps`, newest first, retention deletes."""
+    return [step for step in steps[keep:] if step != newest_valid and (every is None or step % every)]
 
 
 def checksum(path: Path) -> str:

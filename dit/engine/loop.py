@@ -96,6 +96,8 @@ def fit(
     folder, train = Path(run.out), run.train
     if engine.samples_seen >= train.samples:
         log.info("%s is finished: %d of %d samples", folder, engine.samples_seen, train.samples)
+        with Saver(run) as saver:
+            saver.settle()
         return FitResult("done", engine.step, engine.samples_seen, None)
     with Records(folder, engine.step, distributed.rank() == 0) as records, Saver(run) as saver, StopSignals(folder) as stop:
         saver.check_space(engine)
@@ -120,7 +122,8 @@ def fit(
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
             losses = validate(engine.module) if validate and is_due else None
             student = _with_averages(judge, engine, records) if judge and engine.step % judge.every_steps == 0 else None
-            _record(records, progress, engine, totals, outcome, losses, student)
+            failures = {"uploads_failed": saver.uploads_failed} if saver.uploads_failed else {}
+            _record(records, progress, engine, totals, outcome, losses, student, failures)
             if outcome.verdict.action != "take":
                 answer(outcome, engine, records, saver, tally, batch)
             found = budget.spend(totals.bad, batch.bad, engine.step)
@@ -140,6 +143,7 @@ def fit(
         budget.check(engine.samples_seen)
         state: Literal["done", "interrupted"] = "done" if engine.samples_seen >= train.samples else "interrupted"
         records.status(state, engine.step, samples_seen=engine.samples_seen, loss=loss, reason=stop.honoured())
+        saver.settle()
         return FitResult(state, engine.step, engine.samples_seen, loss)
 
 
@@ -224,6 +228,7 @@ def _record(
     outcome: Outcome,
     losses: HeldOut | None,
     student: Mapping[str, float | None] | None,
+    failures: Mapping[str, int],
 ) -> None:
     measured = {"loss": totals.loss, "grad_norm": outcome.grad_norm, "lr": engine.lr, **totals.figures}
     figures = {name: value if math.isfinite(value) else None for name, value in measured.items()}  # JSON has no NaN
@@ -233,6 +238,7 @@ def _record(
         **figures,
         "ids_hash": totals.ids_hash,
         "bad": totals.bad,
+        **failures,
     }
     if outcome.network:
         line["network"] = outcome.network
@@ -254,7 +260,7 @@ def _record(
     if not progress.is_due(engine.step):
         return
     records.scalars({**progress.curves, **progress.rates()}, engine.step)
-    records.status("running", engine.step, samples_seen=engine.samples_seen)
+    records.status("running", engine.step, samples_seen=engine.samples_seen, **failures)
     if records.is_writer:
         progress.show(engine.step, engine.samples_seen, outcome.grad_norm, engine.lr)
 

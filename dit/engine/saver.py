@@ -1,7 +1,8 @@
 """Writing checkpoints of a run: while training goes on, at most one at a time, published only when every rank has written its share.
 
 The caller's thread copies what this rank owns to host memory, which is all that training waits for; a second thread writes, seals,
-publishes and deletes old ones. What goes wrong there is raised on all ranks by the next `save` or `finish`.
+publishes and deletes old ones; what goes wrong there is raised on all ranks by the next `save` or `finish`. If the run has a store, a third
+uploads.
 """
 
 import json
@@ -19,6 +20,7 @@ from data_pipelines.errors import StorageUnavailable, UserError
 from dit.config import FitRun, TrainRun
 from dit.engine import durable, tensors
 from dit.engine.engine import Engine
+from dit.engine.store import Store
 from dit.runtime import distributed, faults
 
 Position = dict[str, Any]
@@ -34,6 +36,7 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
         self._error: Exception | None = None
+        self._store = Store(run) if run.train.checkpoint_store and distributed.rank() == 0 else None
 
     def __enter__(self) -> "Saver":
         return self
@@ -73,6 +76,16 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def settle(self) -> None:
+        """Wait until the newest checkpoint is in the store of the run, if it has one. Raises StorageUnavailable, AccessDenied."""
+        if self.train.checkpoint_store:
+            distributed.on_first(lambda: self._store.settle() if self._store else None)
+
+    @property
+    def uploads_failed(self) -> int:
+        """How many checkpoints could not be uploaded; known to the first rank."""
+        return self._store.failed if self._store else 0
+
     def _copied(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Copies in host memory, in the same buffers each time."""
         if self._buffers.keys() != views.keys():
@@ -107,6 +120,8 @@ class Saver:
         durable.publish(staged, self.root, step, [*entries, durable.seal(path)])
         durable.retain(self.root, self.train.keep_checkpoints, newest_valid=step, every=self.train.keep_every_steps)
         faults.point("save.retained")
+        if self._store:
+            self._store.offer(step)
 
     def _together(self, action: Callable[[], Any]) -> list[Any]:
         """Do `action` on every rank and return what each got; if any rank cannot, raise on all instead of waiting for it for ever."""

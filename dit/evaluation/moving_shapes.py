@@ -222,11 +222,6 @@ def check_batch(videos: np.ndarray, attributes: Sequence[Attributes]) -> list[Ad
     return [judge(seen, wanted) for seen, wanted in zip(observe(videos), attributes, strict=True)]
 
 
-def check(video: np.ndarray, attributes: Attributes) -> Adherence:
-    """Judge one video (T, H, W, 3), uint8 or float in [0, 1]."""
-    return check_batch(np.asarray(video)[None], [attributes])[0]
-
-
 # --- recovered space --------------------------------------------------------------------------------------------
 
 

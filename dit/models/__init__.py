@@ -3,6 +3,7 @@
 from typing import assert_never
 
 from dit.config import SpatioTemporalDiTConfig
+from dit.models.compiled import compile_blocks
 from dit.models.dit import SpatioTemporalDiT
 from dit.models.sequence_parallel import SequenceParallelDiT
 from dit.runtime import distributed
@@ -19,3 +20,6 @@ def build_backbone(config: SpatioTemporalDiTConfig, *, channels: int, text_width
             return backbone(config, channels=channels, text_width=text_width)
         case _:
             assert_never(config)
+
+
+__all__ = ["SequenceParallelDiT", "SpatioTemporalDiT", "build_backbone", "compile_blocks"]

@@ -95,6 +95,13 @@ def add_gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(at_least_float32(x), gate, at_least_float32(branch)).to(x.dtype)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, phases: Tensor | None, backend: Backend) -> Tensor:
+    """`attention` of q and k that are turned by their positions first, if they have any."""
+    if phases is not None:
+        q, k = rotate(q, phases), rotate(k, phases)
+    return attention(q, k, v, layout, backend)
+
+
 class Attention(nn.Module):
     """Attention with RMSNorm of q and k over all heads (arXiv:2302.05442, 2)."""
 
@@ -102,6 +109,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = hidden_size // num_heads
         self.backend = backend
+        self.attend = attend
         self.q = nn.Linear(hidden_size, hidden_size)
         self.k = nn.Linear(hidden_size, hidden_size)
         self.v = nn.Linear(hidden_size, hidden_size)
@@ -112,9 +120,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, source: Tensor, layout: AttentionLayout, phases: Tensor | None) -> Tensor:
         """Tokens x (..., D) attend to `source` (..., D); `phases` rotate q and k, None for no positions."""
         q, k, v = self._heads(self.q_norm(self.q(x))), self._heads(self.k_norm(self.k(source))), self._heads(self.v(source))
-        if phases is not None:
-            q, k = rotate(q, phases), rotate(k, phases)
-        return self.out(attention(q, k, v, layout, self.backend).reshape(x.shape))  # (L, N, K) -> (..., D)
+        return self.out(self.attend(q, k, v, layout, phases, self.backend).reshape(x.shape))  # (L, N, K) -> (..., D)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1] // self.head_size, self.head_size)  # (..., D) -> (L, N, K)

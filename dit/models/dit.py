@@ -4,19 +4,33 @@ Letters: n samples, L tokens, P channels of a token, R conditioning rows, S text
 """
 
 from collections.abc import Sequence
-from typing import assert_never, cast
+from typing import Any, assert_never, cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from data_pipelines.packed import Conditioning
 from dit.config import SpatioTemporalDiTConfig
 from dit.models.attention import AttentionLayout
 from dit.models.blocks import AdaLNModulation, Context, DiTBlock, FinalLayer, SharedModulation
 from dit.models.embeddings import LabelEmbedder, TimestepEmbedder, WideLinear, rotation
+
+_SLOW = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+"""Operations whose results selective checkpointing keeps."""
+
+
+def _keep_what_is_slow() -> Any:
+    return create_selective_checkpoint_contexts(_SLOW)
 
 
 class SpatioTemporalDiT(nn.Module):
@@ -138,6 +152,8 @@ class SpatioTemporalDiT(nn.Module):
         match self.config.activation_checkpointing:
             case "none":
                 return block(x, time, layout, context)
+            case "selective":
+                return checkpoint(block, x, time, layout, context, use_reentrant=False, context_fn=_keep_what_is_slow)
             case "full":
                 return checkpoint(block, x, time, layout, context, use_reentrant=False)
             case _:

@@ -1,4 +1,4 @@
-"""What a backbone costs, in closed form: parameters, and floating point operations of one forward pass over a pack.
+"""What a backbone costs, in closed form: parameters, operations of one forward pass over a pack, and the memory of its activations.
 
 Letters: L tokens, P channels of a token, R conditioning rows, S text tokens, D width. A multiplication with its addition is two
 operations. Matrix products and attention are counted, elementwise work is not. A backward pass costs twice the forward.
@@ -7,7 +7,7 @@ operations. Matrix products and attention are counted, elementwise work is not. 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import prod
-from typing import assert_never
+from typing import Literal, assert_never
 
 from data_pipelines.packed import Grid
 from dit.config import SpatioTemporalDiTConfig
@@ -52,6 +52,34 @@ def forward_flops(
     pairs = sum(sum(_attended_pairs(config, i, grid) for grid in grids) for i in range(config.depth))
     pairs += config.depth * sum(q * k for q, k in zip(lengths, text_lengths, strict=True))
     return 2 * (ends + projections + modulation) + 4 * d * pairs
+
+
+BLOCK_BYTES = {"fp32": 89, "bf16": 69}
+"""Bytes that a block keeps for its backward pass, for each token and channel of the width, beside the MLP's; as measured on the CPU."""
+MIXED_BYTES = {"fp32": 24, "bf16": 20}
+"""More of them where samples of several lengths, or several rows of t a sample, give every token a modulation of its own."""
+
+
+def activation_bytes(config: SpatioTemporalDiTConfig, tokens: int, precision: Literal["fp32", "bf16"], *, mixed: bool = False) -> int:
+    """Bytes that a forward pass over a pack of `tokens` keeps for the backward pass, at its peak. An estimate: text is left out.
+
+    With checkpointing of activations every block keeps its input, and one block at a time the rest; selectively also what its six
+    projections of the width, its MLP and its two attentions give. Fused norms on a GPU keep less. bf16: layers that compute in fp32
+    keep such a copy of their weights.
+    """
+    d, c = config.hidden_size, 4 if precision == "fp32" else 2
+    block = tokens * (d * (BLOCK_BYTES[precision] + mixed * MIXED_BYTES[precision]) + 2 * c * config.ffn_size)
+    wide = d * (config.frequency_size + d) + d * d * (6 if config.modulation == "shared" else 6 * config.depth + 2)
+    ends = tokens * d * (4 * c + 5 * mixed) + (4 * wide if precision == "bf16" else 0)
+    match config.activation_checkpointing:
+        case "none":
+            return ends + config.depth * block
+        case "selective":
+            return ends + config.depth * tokens * c * (10 * d + config.ffn_size) + block
+        case "full":
+            return ends + config.depth * tokens * c * d + block
+        case _:
+            assert_never(config.activation_checkpointing)
 
 
 def _attended_pairs(config: SpatioTemporalDiTConfig, block: int, grid: Grid) -> int:

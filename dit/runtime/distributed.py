@@ -10,7 +10,7 @@ import re
 import socket
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -44,7 +44,7 @@ def init(sequence_parallel: int = 1) -> None:
 
 
 def _join() -> None:
-    _describe_processes()
+    describe_processes()
     _set_threads()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
@@ -137,6 +137,20 @@ def gather_in_pack(value: object) -> list[Any]:
     return gather_json(value, _pack_group) if sequence_parallel() > 1 else [value]
 
 
+def on_first(action: Callable[[], Any]) -> Any:
+    """Do `action` on the first rank and return on all what it returned, as JSON; a UserError that it raises is raised on all."""
+    outcome: dict[str, Any] = {}
+    if rank() == 0:
+        try:
+            outcome = {"got": action()}
+        except UserError as error:
+            outcome = {"code": error.exit_code, "text": str(error)}
+    outcome = gather_json(outcome)[0]
+    if "text" in outcome:
+        raise next((kind for kind in UserError.__subclasses__() if kind.exit_code == outcome["code"]), UserError)(outcome["text"])
+    return outcome["got"]
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's generators start from `seed`, so that every process builds the same weights; after, they are as before."""
@@ -153,7 +167,7 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def _describe_processes() -> None:
+def describe_processes() -> None:
     """Fill RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from whatever launcher there is."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:

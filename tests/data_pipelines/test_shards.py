@@ -15,7 +15,7 @@ from data_pipelines.foreign import index_foreign
 from data_pipelines.index import index_path, read_index
 from data_pipelines.samples import BadSample, Facts
 from data_pipelines.shards import ShardWriter, tar_header, verify_shard
-from data_pipelines.storage import read_member, read_members
+from data_pipelines.storage import Member, checksum, read_members
 
 IMAGE = Facts("image", 1, 8, 8, None)
 PNG = encode_png(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
@@ -151,19 +151,21 @@ def test_every_flipped_bit_is_noticed_and_costs_at_most_its_own_sample(tmp_path,
 def test_a_member_is_verified_when_it_is_read(tmp_path, write_shard):
     shard = write_shard(tmp_path / "s")
     member = read_index(index_path(str(shard))).entries[0].members["txt"]
-    assert read_member(str(shard), member.offset, member.length, member.checksum) == b"picture 0"
+    assert read_members(str(shard), {"txt": member}) == {"txt": b"picture 0"}
+    far = Member(len(shard.read_bytes()) - 9, 9, checksum(bytes(9)))
+    assert read_members(str(shard), {"txt": member, "end": far}) == {"txt": b"picture 0", "end": bytes(9)}
     with pytest.raises(BadSample, match="checksum"):
-        read_member(str(shard), member.offset + 1, member.length, member.checksum)
+        read_members(str(shard), {"txt": member._replace(offset=member.offset + 1)})
     with pytest.raises(BadSample, match="truncated"):
-        read_member(str(shard), 10**9, member.length, member.checksum)
+        read_members(str(shard), {"txt": member, "end": member._replace(offset=10**9)})
     with pytest.raises(BadSample, match="missing"):
-        read_member(str(tmp_path / "gone.tar"), 0, 1, member.checksum)
+        read_members(str(tmp_path / "gone.tar"), {"txt": member})
 
 
 @pytest.mark.parametrize("address", ["pipe:cat /etc/passwd", "http://169.254.169.254/x", "simplecache::file:///x", "ftp://h/x"])
 def test_addresses_of_other_schemes_are_refused(address):
     with pytest.raises(UserError, match=r"data\.sources"):
-        read_member(address, 0, 1, "")
+        read_members(address, {"txt": Member(0, 1, "")})
 
 
 def test_a_damaged_index_is_refused(tmp_path, write_shard):

@@ -34,6 +34,7 @@ def test_two_healthy_ranks(forks: Forks, latents: Path, tmp_path: Path) -> None:
         "ok  deepspeed: ",
         "ok  disk: ",
         f"ok  {latents}: ",
+        "ok  meeting: 2 ranks, each reaches the others",
         "ok  ranks: 2 over gloo, all-reduce of 16 MB",
         "ok  clock: ",
     ):
@@ -48,4 +49,18 @@ def test_what_is_missing_is_named_with_its_fix(forks: Forks, tmp_path: Path) -> 
     assert "BAD /no/such/folder: " in done.out
     assert f"change `path` in {config}" in done.out
     assert "ok  torch: " in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_rank_that_does_not_come_is_named(forks: Forks) -> None:
+    done = forks.start("doctor", "--patience", "1", ranks=2, absent=1).wait()
+    assert done.code == 1, done.err
+    assert "BAD meeting: rank 1 did not come within 1 s; here: 0 of 2 -> start it, and see that its host reaches 127.0.0.1:" in done.out
+    assert "Traceback" not in done.err
+
+
+def test_a_meeting_place_where_nobody_is(forks: Forks) -> None:
+    done = forks.start("doctor", "--patience", "1", ranks=2, absent=0).wait()
+    assert done.code == 1, done.err
+    assert "BAD meeting: no answer from 127.0.0.1:" in done.out
     assert "Traceback" not in done.err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,8 +63,10 @@ def test_a_cut_link_costs_a_restart_and_never_makes_two_writers(
 
     ip("-n", hosts[1], "link", "set", "wire", "down")
     cut = time.monotonic()
-    time.sleep(1)
-    standing = len(metrics(run))
+    standing = -1
+    while standing != len(metrics(run)):  # a side that trained alone would never rest
+        standing = len(metrics(run))
+        time.sleep(3)
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     time.sleep(15)
     assert len(metrics(run)) <= standing, "no side trains alone"
@@ -80,3 +83,24 @@ def test_a_cut_link_costs_a_restart_and_never_makes_two_writers(
     whole = train_config(tmp_path / "whole.yaml", latents, **LENGTH)
     forks.run("train", str(whole), ranks=2).ok()
     assert metrics(run) == metrics(tmp_path / "whole")
+
+
+def test_the_doctor_names_a_host_that_cannot_be_reached(hosts: tuple[str, str]) -> None:
+    """The ranks meet over one link, but the one that they are to work over is cut."""
+    ip("link", "add", "data", "netns", hosts[0], "type", "veth", "peer", "name", "data", "netns", hosts[1])
+    for name, address in zip(hosts, ("10.78.0.1", "10.78.0.2")):
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", "data")
+    ip("-n", hosts[0], "link", "set", "data", "up")
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": HOSTS[0], "MASTER_PORT": "29412"}
+    ranks = []
+    for rank, host in enumerate(hosts):
+        environment = ENVIRONMENT | place | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "data"}
+        command = ["ip", "netns", "exec", host, sys.executable, "-m", "dit", "doctor", "--patience", "100"]
+        ranks.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [rank.communicate(timeout=400) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1], said
+    for rank, other in ((0, 1), (1, 0)):
+        assert re.search(
+            rf"^BAD meeting: rank {rank} on \S+ cannot reach rank {other} on \S+ \(10.78.0.{other + 1}\): ", said[rank][0], re.M
+        )
+        assert "Traceback" not in said[rank][1]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.attempts import recorded
-from tests.processes import ENVIRONMENT, Forks, metrics, train_config, wait_for
+from tests.processes import ENVIRONMENT, REPOSITORY, Forks, free_port, metrics, train_config, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 STEPS = 120
@@ -33,11 +33,13 @@ def whole(forks: Forks, tmp_path_factory: pytest.TempPathFactory, latents: Path)
 def test_a_lost_rank(tmp_path: Path, latents: Path, whole: Path, launcher: str, number: signal.Signals) -> None:
     config = train_config(tmp_path / "run.yaml", latents, **LENGTH)
     run = tmp_path / "run"
-    dit = ["-m", "dit", "train", str(config)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *dit]
-    command = ["--processes", "2", "--", sys.executable, *dit] if launcher == "processes" else ["--", *torchrun]
-    supervisor = [sys.executable, "-m", "launch.supervise", "--run", str(run), *command]
-    process = subprocess.Popen(supervisor, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command, environment = [sys.executable, "-m", "launch.supervise", "--run", str(run), "--processes", "2", "--"], ENVIRONMENT
+    command += [sys.executable, "-m", "dit", "train", str(config)]
+    if launcher == "torchrun":
+        command = ["bash", str(REPOSITORY / "launch" / "torchrun.sh"), "train", str(config)]
+        programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = environment | {"RUN": str(run), "NPROC": "2", "MASTER_PORT": str(free_port()), "PATH": programs}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     started = time.monotonic()
     wait_for(lambda: bool(metrics(run)))
     start = time.monotonic() - started

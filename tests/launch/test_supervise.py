@@ -15,7 +15,7 @@ import pytest
 from tests.processes import ENVIRONMENT, wait_for
 
 COUNTING = str(Path(__file__).parent / "counting.py")
-QUICK = ("--frozen", "4", "--stalled", "3")
+QUICK = ("--frozen", "6", "--stalled", "6")
 
 
 def supervise(
@@ -27,7 +27,7 @@ def supervise(
 
 
 def finished(process: "subprocess.Popen[str]") -> str:
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=240)[1]
     return f"exit {process.returncode}\n{err}"
 
 
@@ -40,7 +40,7 @@ def attempts(run: Path) -> list[dict[str, Any]]:
     [
         ("freeze", r"rank 1 \(process \d+ on .+, step, \d steps done\) is frozen: no sign of life for \d.\d s\n"),
         ("hold", r"rank 1 \(process \d+ on .+, step, \d steps done\) is frozen: no sign of life for \d.\d s\n"),
-        ("wait", r"no rank has moved for 3 s though all are alive; .*rank 1"),
+        ("wait", r"no rank has moved for \d+ s though all are alive; .*rank 1"),
         ("die", "exit code 137"),
     ],
 )
@@ -83,7 +83,7 @@ def test_code_75_asks_for_another_start_by_whoever_started_it(tmp_path: Path) ->
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_signals_reach_ranks_as_sigterm_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     process = supervise(tmp_path, "--processes", "2", total=40)
-    wait_for(lambda: (tmp_path / "steps.txt").exists() and len((tmp_path / "steps.txt").read_text().split()) > 4, 20)
+    wait_for(lambda: (tmp_path / "steps.txt").exists() and len((tmp_path / "steps.txt").read_text().split()) > 4)
     process.send_signal(number)
     said = finished(process)
     assert said.startswith("exit 0"), said
@@ -96,8 +96,8 @@ def test_signals_reach_ranks_as_sigterm_and_the_same_command_goes_on(tmp_path: P
 
 @pytest.mark.slow
 def test_a_machine_that_slept_blames_nobody(tmp_path: Path) -> None:
-    process = supervise(tmp_path, "--processes", "2", total=25, seconds=0.1)
-    wait_for(lambda: (tmp_path / "steps.txt").exists(), 20)
+    process = supervise(tmp_path, "--processes", "2", "--frozen", "4", "--stalled", "3", total=25, seconds=0.1)
+    wait_for(lambda: (tmp_path / "steps.txt").exists())
     everyone = [process.pid, *(json.loads(path.read_text())["pid"] for path in tmp_path.glob("heartbeats/*/rank-*.json"))]
     assert len(everyone) == 3
     for number, pause in ((signal.SIGSTOP, 0.0), (signal.SIGCONT, 0.7)):
@@ -111,7 +111,7 @@ def test_a_machine_that_slept_blames_nobody(tmp_path: Path) -> None:
 
 def test_a_job_that_was_killed_with_its_supervisor_remembers_it_when_it_is_back(tmp_path: Path) -> None:
     process = supervise(tmp_path, total=200, SLURM_JOB_ID="7")
-    wait_for(lambda: (tmp_path / "saved.txt").exists(), 20)
+    wait_for(lambda: (tmp_path / "saved.txt").exists())
     rank = tmp_path / "heartbeats" / "slurm-7" / "rank-00000.json"
     for pid in (process.pid, json.loads(rank.read_text())["pid"]):
         os.kill(pid, signal.SIGKILL)

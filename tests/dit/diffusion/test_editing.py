@@ -51,8 +51,10 @@ def floor(truth: TokenMixture) -> float:
     return sum(found) / len(found)
 
 
-def completed(denoiser: Denoiser, sampling: SamplingConfig, path: Path, repeats: int = 1, jump: int = 1, shift: float = 1.0) -> Tensor:
-    return complete(denoiser, KNOWN, COND, [5], levels(sampling, shift, path), sampling, path, repeats, jump)
+def completed(
+    denoiser: Denoiser, sampling: SamplingConfig, path: Path, repeats: int = 1, jump: int = 1, shift: float = 1.0, key: int = 5
+) -> Tensor:
+    return complete(denoiser, KNOWN, COND, [key], levels(sampling, shift, path), sampling, path, repeats, jump)
 
 
 PATHS: list[tuple[PathConfig, dict[str, object]]] = [
@@ -100,9 +102,10 @@ def test_replacement_is_biased_and_resampling_lessens_it() -> None:
 
 @pytest.mark.slow
 def test_replacement_resampled_often_in_small_steps_reaches_a_conditional_of_three_modes() -> None:
-    """What it costs to let samples cross from mode to mode: 3,840 calls."""
+    """What it costs to let samples cross from mode to mode while the known token is still told noisily: 3,840 calls."""
     sampling, truth = SamplingConfig(sampler="ancestral", steps=160), TokenMixture.standard()
-    assert distance(completed(truth, sampling, RECTIFIED_FLOW, 24, 12, 0.3), truth) < 2 * floor(truth)
+    found = [distance(completed(truth, sampling, RECTIFIED_FLOW, 24, 12, 0.3, key), truth) for key in (5, 6)]
+    assert sum(found) / 2 < 2 * floor(truth)
 
 
 def test_replacement_with_resampling_reaches_a_conditional_of_one_mode() -> None:

@@ -136,9 +136,10 @@ def test_the_derivative_through_the_backbone_is_the_same_by_differences_and_by_d
 def test_forward_mode_holds_in_bf16_and_under_activation_checkpointing() -> None:
     network, x, t, velocity, cond = small_dit()
     truth = derivative(network, x, t, velocity, cond, "forward", 0.0)
-    again = build_backbone(network.config.model_copy(update={"activation_checkpointing": "full"}), channels=4, text_width=5).double()
-    again.load_state_dict(network.state_dict())
-    torch.testing.assert_close(derivative(again, x, t, velocity, cond, "forward", 0.0), truth)
+    for mode in ("selective", "full"):
+        again = build_backbone(network.config.model_copy(update={"activation_checkpointing": mode}), channels=4, text_width=5).double()
+        again.load_state_dict(network.state_dict())
+        torch.testing.assert_close(derivative(again, x, t, velocity, cond, "forward", 0.0), truth)
     rounded = derivative(network.bfloat16(), x.float(), t.float(), velocity.float(), cond, "forward", 0.0)
     assert float((rounded.double() - truth).norm() / truth.norm()) < 3e-2
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import moving_shapes as ms
-from dit.evaluation.moving_shapes import Adherence, check, check_batch, judge, observe, recovered, relative_starts, summarise
+from dit.evaluation.moving_shapes import Adherence, check_batch, judge, observe, recovered, relative_starts, summarise
 
 COUNT = 512
 
@@ -117,7 +117,7 @@ def test_a_second_shape_is_no_clean_picture(videos, attributes):
 
 def test_an_empty_video_fulfils_nothing(attributes):
     empty = np.zeros((ms.FRAMES, ms.SIDE, ms.SIDE, 3), np.uint8)
-    assert check(empty, attributes[0]) == Adherence(*[False] * 8)
+    assert check_batch(empty[None], attributes[:1]) == [Adherence(*[False] * 8)]
 
 
 def test_uint8_and_float_videos_are_judged_alike(videos):
@@ -135,7 +135,7 @@ def test_uint8_and_float_videos_are_judged_alike(videos):
 )
 def test_what_is_no_video_is_refused(video, message, attributes):
     with pytest.raises(ValueError, match=message):
-        check(video, attributes[0])
+        check_batch(video[None], attributes[:1])
 
 
 def test_the_summary_averages_what_it_says():

@@ -90,6 +90,7 @@ def backbone() -> None:
         ({"num_classes": 4, "jumps": True}, MIXED, True),
         ({"jumps": True}, MIXED, False),
         ({"jumps": True, "activation_checkpointing": "full"}, UNIFORM, True),
+        ({"activation_checkpointing": "selective"}, MIXED, False),
     ]
     expected = []
     for ranks in (1, 2, 4):
@@ -155,12 +156,12 @@ def weights_of(engine: Engine) -> Tensor:
     return distributed.all_reduce_sum(torch.cat(list(whole.values())))
 
 
-def run_of(name: str, ranks: int, stage: int) -> FitRun:
+def run_of(name: str, ranks: int, stage: int, within: int = 1) -> FitRun:
     return FitRun.model_validate(
         {
             "out": str(ROOT / name),
             "optimizer": {"lr": 1e-3, "max_grad_norm": 1.0},
-            "engine": {"zero_stage": stage, "whole_below": 200, "sequence_parallel": ranks},
+            "engine": {"zero_stage": stage, "whole_below": 200, "sequence_parallel": ranks, "gather_within": within},
             "train": {"samples": 100, "async_save": False},
         }
     )
@@ -201,6 +202,33 @@ def train(shapes: dict[str, list[tuple[int, int]]], moves: list[tuple[int, int, 
         assert checkpoint.resume(engine, ROOT / before) == {"step": 1}
         steps = take(engine, objectives["flow"], range(1, 2))
         found[f"flow from {before} to {ranks} {stage}"] = {"steps": steps, "weights": weights_of(engine).tolist()}
+    if distributed.rank() == 0:
+        (ROOT / "found.json").write_text(json.dumps(found))
+
+
+def copies() -> None:
+    """ZeRO stage 3 with copies of the weights in groups of two ranks; averages go in and out, and a checkpoint moves on without copies."""
+    objective, found = RectifiedFlowConfig(condition_dropout=0.3), {}
+    for name, ranks, stage, within in (("flow 1 0", 1, 0, 1), ("flow 1 3 within 2", 1, 3, 2), ("flow 2 3 within 2", 2, 3, 2)):
+        distributed.init(ranks)
+        run = run_of(name, ranks, stage, within)
+        engine = engine_of(objective, run)
+        steps = take(engine, objective, range(1))
+        with engine.ema_weights() as module:
+            x, t, cond = inputs(MIXED, False, False, False)
+            with torch.no_grad():
+                averaged = module(x.float(), t.float(), cond).sum()
+        with Saver(run) as saver:
+            saver.save(engine, {"step": 1})
+        steps += take(engine, objective, range(1, 2))
+        if stage == 3:
+            zero = engine._shards._zero
+            assert zero.zero_hpz_partition_size == within
+        found[name] = {"steps": [*steps, [float(averaged)]], "weights": weights_of(engine).tolist()}
+    distributed.init()
+    engine = engine_of(objective, run_of("moved", 1, 1))
+    assert checkpoint.resume(engine, ROOT / "flow 2 3 within 2") == {"step": 1}
+    found["flow moved"] = {"steps": take(engine, objective, range(1, 2)), "weights": weights_of(engine).tolist()}
     if distributed.rank() == 0:
         (ROOT / "found.json").write_text(json.dumps(found))
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipelines.packed import Conditioning, pack_conditioning
 from dit.config import SpatioTemporalDiTConfig
@@ -161,12 +162,37 @@ def test_samples_without_text_run_and_train():
 def test_recomputing_activations_changes_nothing(grids):
     x, t, cond = pack(grids)
     results = []
-    for mode in ("none", "full"):
+    for mode in ("none", "selective", "full"):
         model = backbone(activation_checkpointing=mode)
         out = model(x, t, cond)
         out.square().sum().backward()
         results.append((out, [p.grad for p in model.parameters()]))
     close(results[0], results[1])
+    close(results[0], results[2])
+
+
+class Count(TorchDispatchMode):
+    """Linear layers forward, and norms, that are computed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default:
+            self.linear += 1
+        elif func is torch.ops.aten.native_layer_norm.default:
+            self.norms += 1
+        return func(*args, **kwargs or {})
+
+
+def test_selective_recomputing_repeats_norms_and_no_matrix_product():
+    counts = []
+    for mode in ("none", "selective", "full"):
+        model = backbone(activation_checkpointing=mode)
+        with Count() as count:
+            count.linear = count.norms = 0
+            model(*pack(MIXED)).sum().backward()
+        counts.append((count.linear, count.norms))
+    none, selective, full = counts
+    assert selective[0] == none[0] < full[0]
+    assert selective[1] == full[1] > none[1]
 
 
 def test_bfloat16_weights_keep_time_and_norms_wide():

@@ -37,6 +37,16 @@ def test_steps_are_those_of_one_rank_to_a_pack(forks: Forks, tmp_path: Path, sce
         assert shape["weights"] == pytest.approx(reference["weights"], abs=WEIGHTS), name
 
 
+@pytest.mark.slow
+def test_copies_of_weights_within_groups_change_nothing(forks: Forks, tmp_path: Path) -> None:
+    found = run(forks, tmp_path, "copies")
+    reference = found["flow 1 0"]
+    for name, shape in found.items():
+        steps = reference["steps"][1:2] if name == "flow moved" else reference["steps"]
+        assert list(chain(*shape["steps"])) == pytest.approx(list(chain(*steps)), rel=SUMS), name
+        assert shape["weights"] == pytest.approx(reference["weights"], abs=WEIGHTS), name
+
+
 def test_what_cannot_be_shared_is_refused(forks: Forks, tmp_path: Path) -> None:
     run(forks, tmp_path, "refused")
     processes, heads = json.loads((tmp_path / "refused.json").read_text())

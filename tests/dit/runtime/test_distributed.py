@@ -22,7 +22,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def described() -> dict[str, str]:
-    distributed._describe_processes()
+    distributed.describe_processes()
     return {name: os.environ[name] for name in NAMES if name in os.environ}
 
 
