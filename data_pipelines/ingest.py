@@ -34,6 +34,7 @@ CLASS_CAPTION = "a photo of a {class}"
 SIDECAR, CLASS_NAME = "sidecar", "class-name"
 _EXAMINED = "examined.jsonl"
 _PARALLEL_SAMPLES = 200  # from here on starting processes pays
+_AHEAD = 32  # files that a process has to examine, so that it never waits for the one that collects
 _VIDEO_IMAGES = 50  # images that are examined in the time of a video, at least
 
 
@@ -170,7 +171,9 @@ def _examine(listing: Listing, config: IngestConfig, journal: Path, executor: Ex
     processes = executor.processes if pays or executor.config.processes else 1
     tasks = [_Task(file, keys[file.name]) for file in files[done:]]
     work = partial(_examined, config)
-    found = InOrder(lambda _: work, tasks, processes if processes > 1 else 0, lambda _, line: line, _try_again, preload=__name__)
+    if processes == 1:
+        processes = 0
+    found = InOrder(lambda _: work, tasks, processes, _AHEAD, lambda _, line: line, _try_again, preload=__name__)
     try:
         with journal.open("ab") as lines:
             for line in found:

@@ -38,6 +38,7 @@ class Conditioning:
     grids: (t, h, w) in tokens, one per sample. text: (S, D_text), the samples' text tokens one after another.
     text_lengths: text tokens of each sample. rows: (L,) which row of t each token is at, or None for one row a sample.
     labels: (n,) class labels, or None. jump: (R,) how much of t the answer is to be the mean velocity over, None for 0: the velocity at t.
+    guidance: (R,) scale s to answer under, None for that of the denoiser.
     """
 
     grids: tuple[Grid, ...]
@@ -46,6 +47,7 @@ class Conditioning:
     rows: Tensor | None = None
     labels: Tensor | None = None
     jump: Tensor | None = None
+    guidance: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert len(self.text_lengths) == len(self.grids), (len(self.text_lengths), len(self.grids))
@@ -87,6 +89,12 @@ class Conditioning:
         object.__setattr__(cond, "jump", jump)
         return cond
 
+    def guided(self, scale: Tensor) -> "Conditioning":
+        """The same samples, asked for the answer under guidance of scale s (R,)."""
+        cond = copy(self)
+        object.__setattr__(cond, "guidance", scale)
+        return cond
+
     def beside(self, other: "Conditioning") -> "Conditioning":
         """Both sets of samples in one pack, so that a single call of the network serves two conditions."""
         first = self.sample_of_token if self.rows is None else self.rows
@@ -94,8 +102,9 @@ class Conditioning:
         rows = None if self.rows is None and other.rows is None else torch.cat([first, second + int(first.max()) + 1])
         labels = None if self.labels is None or other.labels is None else torch.cat([self.labels, other.labels])
         jump = None if self.jump is None or other.jump is None else torch.cat([self.jump, other.jump])
+        guidance = None if self.guidance is None or other.guidance is None else torch.cat([self.guidance, other.guidance])
         text = torch.cat([self.text, other.text])
-        return Conditioning(self.grids + other.grids, text, self.text_lengths + other.text_lengths, rows, labels, jump)
+        return Conditioning(self.grids + other.grids, text, self.text_lengths + other.text_lengths, rows, labels, jump, guidance)
 
 
 @dataclass(frozen=True)

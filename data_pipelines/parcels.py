@@ -76,7 +76,7 @@ class Slots:
         if number is not None:
             self.taken[number] = 1
             return Slot(number, None), self._memory[number].numpy()
-        room = length + length // 8  # the next may be larger
+        room = 1 + length + length // 8  # the next may be larger; a pack of holes alone has none
         # what is not in shared memory from the beginning would be copied there
         storage = torch.UntypedStorage._new_shared(room) if self.shared else torch.UntypedStorage(room)
         memory = torch.empty(0, dtype=torch.uint8).set_(storage)

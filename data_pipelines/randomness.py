@@ -4,10 +4,14 @@ No draw of a run comes from a process-wide generator, so none depends on rank, w
 restarts, and any single sample can be replayed alone on another machine. Draws are made on the CPU for the same reason.
 """
 
-import hashlib
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def key(*parts: int | str) -> int:
@@ -18,11 +22,15 @@ def key(*parts: int | str) -> int:
 
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator that yields the same numbers for the same `parts`."""
+    import torch  # which takes seconds, and whoever makes shards needs keys alone
+
     return torch.Generator().manual_seed(key(*parts))
 
 
 def normal(shape: tuple[int, ...], *parts: int | str) -> Tensor:
     """Standard normal draws of `shape`, float32."""
+    import torch
+
     return torch.randn(shape, generator=generator(*parts))
 
 

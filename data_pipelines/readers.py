@@ -21,6 +21,8 @@ from data_pipelines.raw import Memory, RawSample, read_sample, room_for
 from data_pipelines.workers import InOrder, WorkerLost
 
 log = logging.getLogger(__name__)
+READ_AHEAD = 2
+"""Packs that each process reads ahead of their use."""
 _ALIGNMENT = 64  # bytes, of a sample in the memory of its pack
 _LOSSES = 3  # of workers in a row that no sample explains, before something else must be wrong
 
@@ -34,7 +36,7 @@ def read_packs(
     """
     readers = _Readers(workers, seconds, cache)
     begin = partial(_begin, memory)
-    return InOrder(readers, tasks, workers, readers.receive, readers.mend, preload="data_pipelines.parcels", begin=begin)
+    return InOrder(readers, tasks, workers, READ_AHEAD, readers.receive, readers.mend, preload="data_pipelines.parcels", begin=begin)
 
 
 class _Reader:

@@ -20,9 +20,6 @@ from typing import Any, Generic, TypeVar
 
 from data_pipelines.errors import UserError
 
-READ_AHEAD = 2
-"""Tasks that each process has ahead of their use, where results are wanted in order."""
-
 _KILL_SECONDS = 5.0
 
 Task = TypeVar("Task")
@@ -114,8 +111,8 @@ class Pool(Generic[Task, Result]):
 class InOrder(Iterator[Received], Generic[Task, Result, Received]):
     """The results of tasks in their order, whatever the number of processes; 0 for none. make, begin and preload as for `Pool`.
 
-    receive: what is made here of a task and its result when it arrives, in the order of arrival. mend: the task to do instead of one
-    whose process ended; what it raises ends the iteration.
+    ahead: tasks that each process has before their results are used. receive: what is made here of a task and its result when it
+    arrives, in the order of arrival. mend: the task to do instead of one whose process ended; what it raises ends the iteration.
     """
 
     def __init__(
@@ -123,6 +120,7 @@ class InOrder(Iterator[Received], Generic[Task, Result, Received]):
         make: Callable[[int], Callable[[Task], Result]],
         tasks: Iterable[Task],
         processes: int,
+        ahead: int,
         receive: Callable[[Task, Result], Received],
         mend: Callable[[Task, WorkerLost], Task],
         *,
@@ -132,7 +130,7 @@ class InOrder(Iterator[Received], Generic[Task, Result, Received]):
         self._tasks, self._receive, self._mend = iter(tasks), receive, mend
         self._pool = Pool(make, processes, preload, begin) if processes else None
         self._work = None if processes else make(0)
-        self._room = processes * READ_AHEAD
+        self._room = processes * ahead
         self._given = self._taken = 0
         self._done: dict[int, Received] = {}
         self._fill()

@@ -65,9 +65,8 @@ class Diagnosis:
             history = [*_recorded(self.folder / "metrics.jsonl", step), (step, figures)]
             (self.folder / "student.md").write_text(self._note(history))
             if is_worse(figures, self.sampling.steps):
-                log.warning(
-                    "step %d: %s", step, "\n  ".join([verdict(figures, self.sampling.steps), *advice(history, self.sampling.steps)])
-                )
+                lines = [verdict(figures, self.sampling.steps), *advice(history, self.sampling.steps), f"See {self.folder}/student.md"]
+                log.warning("WARNING: after step %d %s", step, "\n  ".join(lines))
         return figures
 
     def _picture(self, drawn: Mapping[int, Tensor], path: Path) -> None:
@@ -75,13 +74,13 @@ class Diagnosis:
         config, judge = self.run.preview, self.judge
         assert config is not None
         if not self._beside:
-            named = {f"teacher, {n} steps": latents for n, latents in judge.reference.few.items()}
-            named[f"teacher, {judge.teacher_steps} steps"] = judge.reference.states[-1]
+            named = {_row("teacher", n): latents for n, latents in judge.reference.few.items()}
+            named[_row("teacher", judge.teacher_steps)] = judge.reference.states[-1]
             self._beside = {name: self._decoded(latents) for name, latents in named.items()}
         rows: dict[str, Tensor] = {}
         for n in judge.all_counts:
-            rows |= {f"student, {n} steps": self._decoded(drawn[n])} if n in drawn else {}
-            rows[f"teacher, {n} steps"] = self._beside[f"teacher, {n} steps"]
+            rows |= {_row("student", n): self._decoded(drawn[n])} if n in drawn else {}
+            rows[_row("teacher", n)] = self._beside[_row("teacher", n)]
         rows |= self._beside  # the long walk last
         captions = [f"{name}: {prompt}" for name in rows for prompt in config.prompts[:SHOWN]]
         contact_sheet(torch.cat(list(rows.values())), captions, path, columns=len(captions) // len(rows))
@@ -118,6 +117,10 @@ class Diagnosis:
             f"![student and teacher](samples/student-step-{step:08d}.png)",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _row(name: str, steps: int) -> str:
+    return f"{name}, {steps} step{'s' if steps > 1 else ''}"
 
 
 def rhythm(run: DistillRun, judge: Judge, tokens: int, step_tokens: int) -> tuple[int, str]:

@@ -12,12 +12,13 @@ from data_pipelines.errors import UserError
 from data_pipelines.loader import RawPack
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
-from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, ScoreRegularisedConfig
+from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, MomentMatchingConfig, ScoreRegularisedConfig
 from dit.diagnosis import Diagnosis
-from dit.diffusion import RECTIFIED_FLOW, Denoiser, build_denoiser, equip
+from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
 from dit.distillation import (
     Alternating,
     Distillation,
+    Weight,
     build_distillation,
     build_student_sampling,
     discriminator_of,
@@ -25,13 +26,14 @@ from dit.distillation import (
     objective_at,
     student_backbone,
     student_of,
+    takes_guidance,
     teacher_gap,
     turn_of,
     with_critic,
 )
 from dit.drawing import Preview, guide
 from dit.engine import durable
-from dit.engine.checkpoint import resume
+from dit.engine.checkpoint import load_weights, resume
 from dit.engine.engine import Engine
 from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
@@ -42,6 +44,9 @@ from dit.runtime import distributed
 from dit.runtime.losses import Losses
 from dit.stream import Stream, left_out
 
+EPSILON = 1e-8
+"""Of Adam, where its moments are a metric."""
+
 
 def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
@@ -49,18 +54,17 @@ def main(run: DistillRun) -> int:
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
     run = with_fixed_teacher(run)
     base = trained.base
-    if getattr(run.method, "derivative", None) == "forward" and base.objective.path.name != "rectified_flow":
-        raise UserError(
-            f"method.derivative=forward needs a teacher on rectified flow, and {run.teacher.run} is on {base.objective.path.name}: "
-            "set method.derivative: difference"
-        )
+    check_teacher(run, trained)
     check_critic(run, base)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
     folder = open_for_writing(run, base, stream.describe(run.train.samples))
     engine, losses_of, objective = compose(run, trained, encoders, stream)
-    flow_of = partial(as_flow, base)
+
+    def flow_of(network: nn.Module) -> Denoiser:
+        flow = as_flow(base, network)
+        return AtScale(flow, run.method.guidance.scale) if takes_guidance(run.method) else flow
 
     def gap(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
         return teacher_gap(objective, flow_of(network), packs, levels)
@@ -97,21 +101,33 @@ def compose(
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
         student = equip(network, base.objective)
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-        module = with_critic(run.method, student, teacher, config.hidden_size).to(distributed.device())
+        module = with_critic(run.method, student, teacher, config.hidden_size)
     if run.engine.compile:
         compile_blocks(network)
-    is_judge = isinstance(run.method, AdversarialConfig)  # gradients go through it, so it stays whole
-    teacher = place_frozen(teacher, run.engine.model_copy(update={"zero_stage": 0}) if is_judge else run.engine)
+    if isinstance(run.method, MomentMatchingConfig):  # differentiated by its weights: it stays whole, in fp32
+        teacher = teacher.to(distributed.device())
+    else:  # where gradients go through it to its input it stays whole too
+        is_judge = isinstance(run.method, AdversarialConfig)
+        teacher = place_frozen(teacher, run.engine.model_copy(update={"zero_stage": 0}) if is_judge else run.engine)
     guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher)
     critic = as_flow(base, partial(module, "critic")) if turns else None
-    method = build_distillation(run.method, guided, base.objective.shift, critic, discriminator)
+    weights = weights_of(run, trained, teacher)
+    method = build_distillation(run.method, guided, base.objective.shift, critic, discriminator, weights)
     engine = Engine(module, run, stream.packs_per_rank, turns)
 
     def losses_of(pack: RawPack, progress: float) -> Losses:
         return objective_at(method, engine.step)(as_flow(base, module), stream.encode(pack), progress)
 
     return engine, losses_of, method
+
+
+def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list[Weight]:
+    """Those of the teacher, with the second moments that Adam had of their gradients; none for methods that do not ask."""
+    if not isinstance(run.method, MomentMatchingConfig):
+        return []
+    moments = load_weights(trained.path, run.teacher.step, "exp_avg_sq")
+    return [Weight(value, 1 / (moments[name].to(value).sqrt() + EPSILON)) for name, value in teacher.named_parameters()]
 
 
 def as_flow(base: TrainRun, network: Denoiser) -> Denoiser:
@@ -138,6 +154,23 @@ def check_critic(run: DistillRun, base: TrainRun) -> None:
         raise UserError(f"method.critic: heads on block {max(heads.blocks)}, but the teacher's blocks are 0 to {base.backbone.depth - 1}")
     if heads and path != "rectified_flow":
         raise UserError(f"method.critic: heads need a teacher on rectified flow, and {run.teacher.run} is on {path}")
+
+
+def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
+    """Raise UserError if this teacher cannot be distilled so."""
+    base, guidance = trained.base, run.method.guidance
+    if guidance.scale == 1 or guidance.weak is not None:
+        return
+    if isinstance(trained.run, DistillRun):
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} is a student with guidance {trained.run.method.guidance} baked in: "
+            "set method.guidance: {s: 1}"
+        )
+    if base.objective.condition_dropout == 0:
+        raise UserError(
+            f"method.guidance: got {guidance}, and {run.teacher.run} was trained with objective.condition_dropout=0, "
+            "so it knows nothing to guide away from: set method.guidance: {s: 1}, or give a weaker model (method.guidance.weak)"
+        )
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:

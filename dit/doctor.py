@@ -1,20 +1,14 @@
 """`dit doctor`: is this machine, and this group of machines, fit for a run? One line an item, with the fix where it is not."""
 
 import argparse
-import fcntl
 import importlib
-import json
 import os
 import platform
 import resource
 import shutil
-import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import metadata
@@ -24,16 +18,14 @@ from typing import Any
 import yaml
 from packaging.requirements import Requirement
 
-from data_pipelines import storage
+from data_pipelines import remote, storage
 from data_pipelines.errors import UserError
+from dit.runtime.meeting import meet
 
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 """Packages whose module has another name."""
 FREE_GIB, SHARED_GIB, FILES, SKEW_SECONDS, STALE_SECONDS = 10, 1, 4096, 2.0, 3600
 MEGABYTES, REDUCTIONS = 16, 3
-CONNECT_SECONDS = 5.0
-_meeting_places: list[Any] = []
-"""Kept, so that the group is made at the same server."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     items = [*_packages(), *_machine(), *_folders(config)] if is_first_here else []
     if any(item.fix for item in items if item.name in ("torch", "deepspeed")):
         return _report([items], [""])
-    items += [_device(), meeting := _meeting(options.patience)]
+    items += [_device(), meeting := Item("meeting", *meet(options.patience))]
     if not meeting.fix:
         items.append(meeting := _group(options.patience))
     if meeting.fix:
@@ -162,16 +154,18 @@ def _folders(config: str | None) -> Iterator[Item]:
                 yield from _disk(next(folder for folder in (path, *path.resolve().parents) if folder.is_dir()), f"out={address}")
             continue
         try:
-            count = len(storage.folder_files(address))
-            yield Item(address, f"{count} files", None if count else f"it is empty: make it, or change `{key}` in {config}")
+            may_be_empty = key == "checkpoint_store"
+            count = len(remote.list_tree(address) if may_be_empty else storage.folder_files(address))
+            fix = None if count or may_be_empty else f"it is empty: make it, or change `{key}` in {config}"
+            yield Item(address, f"{count} files", fix)
         except (UserError, OSError) as error:
             yield Item(address, str(error), f"make it first, or change `{key}` in {config}; for s3:// see AWS_PROFILE, AWS_ENDPOINT_URL")
 
 
 def _addresses(values: Any) -> Iterator[tuple[str, str]]:
-    """Every `path`, `source` and `out` in a config."""
+    """Every `path`, `source`, `out` and `checkpoint_store` in a config."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if key in ("path", "source", "out") and isinstance(value, str):
+        if key in ("path", "source", "out", "checkpoint_store") and isinstance(value, str):
             yield key, value
         elif isinstance(value, dict | list):
             yield from _addresses(value)
@@ -194,85 +188,6 @@ def _device() -> Item:
         return Item(f"{device}", str(error).splitlines()[0], "reset or replace it; CUDA_VISIBLE_DEVICES leaves it out")
     fix = "its products are wrong: replace it" if not is_right else "another process uses it: nvidia-smi" if free < 0.9 * total else None
     return Item(f"{device}", f"{torch.cuda.get_device_name(device)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free", fix)
-
-
-def _meeting(patience: float) -> Item:
-    """Every rank comes to the meeting place within `patience` seconds, and takes a connection from every other.
-
-    Where they meet is where the group will be made, but there the absent are not named, and nobody waits less than a minute.
-    """
-    from torch.distributed import TCPStore
-
-    from dit.runtime import distributed
-
-    distributed.describe_processes()
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if ranks == 1:
-        return Item("meeting", "of one; to check what is between several, run this under torchrun or srun")
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    end = time.monotonic() + patience
-    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        address, port = place.rsplit(":", 1)
-        limit = timedelta(seconds=patience)
-        store = TCPStore(address, int(port), ranks, is_host, timeout=limit, wait_for_workers=False, multi_tenant=True)
-    except RuntimeError as error:
-        fix = f"rank 0 must listen at {place} (MASTER_ADDR, MASTER_PORT), and this host reach it"
-        return Item("meeting", f"no answer from {place} within {patience:g} s: {str(error).splitlines()[0]}", fix)
-    _meeting_places.append(store)
-    try:
-        own = _own_address()
-    except OSError as error:
-        return Item(
-            "meeting", f"GLOO_SOCKET_IFNAME={os.environ['GLOO_SOCKET_IFNAME']}: {error.strerror}", "name an interface of `ip address`"
-        )
-    with socket.create_server(("", 0), backlog=ranks) as server:
-        store.set(f"doctor/{rank}", json.dumps([platform.node(), own, server.getsockname()[1]]))
-        there = {other: found for other in range(ranks) if (found := _waited(store, f"doctor/{other}", end))}
-        if missing := [other for other in range(ranks) if other not in there]:
-            who = ", ".join(f"rank {other}" for other in missing)
-            fix = f"start it, and see that its host reaches {place}; --patience if it is only late"
-            return Item("meeting", f"{who} did not come within {patience:g} s; here: {', '.join(map(str, there))} of {ranks}", fix)
-        with ThreadPoolExecutor(32) as callers:
-            refusals = dict(zip(there, callers.map(lambda found: _refusal(found[1], found[2]), there.values()), strict=True))
-        store.set(f"doctor/called/{rank}", "")
-        end = time.monotonic() + 2 * CONNECT_SECONDS
-        for other in there:  # before this one hangs up
-            _waited(store, f"doctor/called/{other}", end)
-    if far := [f"rank {other} on {there[other][0]} ({there[other][1]}): {why}" for other, why in refusals.items() if why]:
-        fix = "open all ports between the hosts; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network interface"
-        return Item("meeting", f"rank {rank} on {platform.node()} cannot reach {'; '.join(far)}", fix)
-    return Item("meeting", f"{ranks} ranks, each reaches the others")
-
-
-def _waited(store: Any, key: str, end: float) -> Any:
-    """The JSON under `key`, as soon as it is there; None if it is not by `end`."""
-    try:
-        store.wait([key], timedelta(seconds=max(0.1, end - time.monotonic())))
-        return json.loads(store.get(key) or b"true")
-    except RuntimeError:  # of torch, when the time is over
-        return None
-
-
-def _own_address() -> str:
-    """The address of this host that gloo will give to the others."""
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if not name:
-        with suppress(OSError):
-            return socket.gethostbyname(platform.node())
-        return "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-    return socket.inet_ntoa(answer[20:24])
-
-
-def _refusal(address: str, port: int) -> str | None:
-    """Why no connection to it can be made, or None."""
-    try:
-        socket.create_connection((address, port), CONNECT_SECONDS).close()
-    except OSError as error:
-        return str(error)
-    return None
 
 
 def _group(patience: float) -> Item:

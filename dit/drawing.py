@@ -15,6 +15,7 @@ from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
+    AtScale,
     AutoGuidance,
     ClassifierFreeGuidance,
     Denoiser,
@@ -72,7 +73,7 @@ def draw(
         network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
         plain = build_denoiser(base.objective, network, path)
         guided = guide(plain, encoders, base, sampling.guidance, on)
-        times = levels(sampling, k, on, trained).to(device)
+        times = visited(base, denoiser, sampling, grid, path).to(device)
         match edit.config:
             case SDEdit(strength=strength):
                 tokens = vary(guided, given.latents, cond, keys, times, sampling, on, strength)
@@ -89,6 +90,13 @@ def draw(
     return drawn if edit is None else edit.paste(drawn)
 
 
+def visited(base: TrainRun, network: Denoiser, sampling: SamplingConfig, grid: Grid, path: Path | None) -> Tensor:
+    """The levels (steps + 1,) that the sampler visits for samples of `grid` tokens. path: as for `draw`."""
+    k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
+    trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
+    return levels(sampling, k, path or path_of(base.objective, network), trained)
+
+
 @torch.no_grad()
 def to_videos(tokens: Tensor, cond: Conditioning, encoders: Encoders, patch: Grid) -> Tensor:
     """Decode latents of one size, as tokens (L, P): (B, T, H, W, 3) uint8 on the CPU."""
@@ -97,7 +105,10 @@ def to_videos(tokens: Tensor, cond: Conditioning, encoders: Encoders, patch: Gri
 
 
 def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:
-    """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker model."""
+    """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker
+    model; or as an input, if the model takes it."""
+    if base.backbone.guided:
+        return AtScale(denoiser, guidance.scale)
     if guidance.scale == 1:
         return denoiser
     guided: Denoiser

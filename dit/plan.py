@@ -110,21 +110,24 @@ def _memory_table(
     """count, teacher: parameters. flops: of a step."""
     has_critic = isinstance(run, DistillRun) and isinstance(run.method, DistributionMatchingConfig | ScoreRegularisedConfig)
     critic = teacher if has_critic and teacher else 0  # a copy of the teacher
-    engine, is_kept = run.engine, backbone.activation_checkpointing == "none"
+    engine, mode = run.engine, backbone.activation_checkpointing
+    other = "full" if mode == "none" else "none"
     kept, swapped = (
-        activation_bytes(backbone.model_copy(update={"activation_checkpointing": "none" if plain else "full"}), tokens, engine.precision)
-        for plain in (is_kept, not is_kept)
+        activation_bytes(backbone.model_copy(update={"activation_checkpointing": way}), tokens, engine.precision)
+        // engine.sequence_parallel
+        for way in (mode, other)
     )
     unit, name = (GIB, "GiB") if 16 * count > GIB else (MIB, "MiB")
     lines = [
         f"{name} a rank, by ranks: ZeRO stage {engine.zero_stage}, {engine.precision}, offload {engine.offload}, "
-        f"{1 + len(run.ema.sigma_rel)} averages; activation checkpointing {backbone.activation_checkpointing} "
-        f"({'full' if is_kept else 'none'}: {swapped / unit:.1f}); time at {UTILISATION:.0%} of the bf16 peak of an {DEVICE}",
+        f"{1 + len(run.ema.sigma_rel)} averages; {engine.sequence_parallel} to a pack; activation checkpointing {mode} "
+        f"({other}: {swapped / unit:.1f}); time at {UTILISATION:.0%} of the bf16 peak of an {DEVICE}",
         "",
         "| ranks | weights | gradients | optimizer | averages | teacher | activations | buffers | device | host | a step | the run |",
         "|" + "---|" * 12,
     ]
-    for ranks in sorted({2**i for i in range(12) if packs % 2**i == 0} | {packs}):  # world sizes divide the packs of a step
+    shares = {2**i for i in range(12) if packs % 2**i == 0} | {packs}  # divide the packs of a step
+    for ranks in sorted(engine.sequence_parallel * share for share in shares):
         state = state_bytes(engine, run.ema, count, ranks, critic=critic)
         frozen = frozen_bytes(engine, teacher, ranks) if teacher else 0
         cells = [*state[:4], frozen, kept, state.buffers, state.device + frozen + kept, state.host]

@@ -24,8 +24,9 @@ from data_pipelines.config_file import load_run, save_resolved
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Grid
 from dit.config import Contestant, DistillRun, TrainRun
+from dit.config.distillation import ConsistencyConfig
 from dit.config.encoders import EncodersConfig
-from dit.config.objective import SamplingConfig
+from dit.config.objective import Guidance, SamplingConfig
 from dit.diffusion import RECTIFIED_FLOW, equip
 from dit.diffusion import Path as FlowPath
 from dit.distillation import build_student_sampling, student_backbone
@@ -102,6 +103,13 @@ class TrainedRun:
     def sampling_for(self, contestant: Contestant) -> SamplingConfig:
         """The sampler that `contestant` asks for, else this run's own."""
         sampling = contestant.sampling or self.sampling
+        if isinstance(self.run, DistillRun) and isinstance(self.run.method, ConsistencyConfig) and self.run.method.guidance_range:
+            (low, high), asked = self.run.method.guidance_range, sampling.guidance
+            if not low <= asked.scale <= high or asked != Guidance(s=asked.s, w=asked.w):
+                raise UserError(
+                    f"{self.path} is a student that takes the scale of guidance as an input, from s={low:g} to {high:g}, and is asked for "
+                    f"{asked!r}: give contestants sampling.guidance.s in that range, and no other option of guidance"
+                )
         return sampling.model_copy(update={"steps": contestant.steps}) if contestant.steps else sampling
 
     @property

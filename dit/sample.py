@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_pipelines.packed import check_patch
 from data_pipelines.progress import track
 from data_pipelines.video import write_mp4
 from dit.config import Contestant, SampleRun
 from dit.config.editing import Extend
-from dit.drawing import check_request, draw, sample_keys
+from dit.drawing import check_request, draw, sample_keys, visited
 from dit.editing import Edit, check_edit, extend, read_edit
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, make_folder
@@ -55,7 +56,10 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
         edit.tokens(encoders, trained.base.backbone.patch_size, 1)  # says what does not fit before the network is there
     backbone = trained.backbone(encoders, contestant.step, run.weights, device)
     sampling = trained.sampling_for(contestant)
-    print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}")
+    grid = check_patch(encoders.latent_size(run.size, "size"), trained.base.backbone.patch_size)
+    times = visited(trained.base, backbone, sampling, grid, trained.flow)[:-1].tolist()
+    at = ", ".join(f"{t:.3g}" for t in (times if len(times) <= 8 else (*times[:3], *times[-3:])))
+    print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}, from t = {at}")
     keys = sample_keys(run.seed, len(run.prompts))
     parts = [slice(first, first + run.batch_size) for first in range(0, len(run.prompts), run.batch_size)]
 

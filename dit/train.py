@@ -53,5 +53,5 @@ def compose(run: TrainRun, encoders: Encoders, stream: Stream) -> tuple[Engine, 
         backbone = equip(network, run.objective)
     if run.engine.compile:
         compile_blocks(network)
-    engine = Engine(backbone.to(distributed.device()), run, stream.packs_per_rank)
+    engine = Engine(backbone, run, stream.packs_per_rank)
     return engine, lambda pack, progress: objective(engine.module, stream.encode(pack), progress)

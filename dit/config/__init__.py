@@ -75,16 +75,22 @@ class DistillRun(FitRun):
     """At previews: without `preview` there is none. null draws previews alone."""
 
     @model_validator(mode="after")
+    def _gradients_of_the_teacher_are_whole(self) -> Self:
+        engine = self.engine
+        if self.method.name == "moment_matching" and (engine.sequence_parallel > 1 or engine.zero_stage == 3 or engine.precision == "bf16"):
+            raise ValueError(
+                f"method.name=moment_matching, engine.zero_stage={engine.zero_stage}, engine.sequence_parallel={engine.sequence_parallel}, "
+                f"engine.precision={engine.precision}: each rank differentiates a whole teacher by its weights; set stage 2 at most, "
+                "sequence_parallel: 1 and fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _differences_are_resolved(self) -> Self:
         if self.engine.precision == "bf16" and getattr(self.method, "derivative", None) == "difference":
             raise ValueError(
                 "engine.precision=bf16 and method.derivative=difference: a difference of bf16 answers is rounding alone; "
                 "set method.derivative: forward, or engine.precision: fp32"
-            )
-        if self.engine.compile and getattr(self.method, "derivative", None) == "forward":
-            raise ValueError(
-                "engine.compile=true and method.derivative=forward: compiled blocks have no forward mode; "
-                "set method.derivative: difference, or engine.compile: false"
             )
         return self
 

@@ -30,6 +30,8 @@ class SpatioTemporalDiTConfig(Section):
     """Twice the output channels: the second half says where the variance of a reverse step lies (objective.variance: learned)."""
     jumps: bool = False
     """Also told over how much of t to answer with the mean velocity: set by `dit distill` for students that need it."""
+    guided: bool = False
+    """Also told the guidance scale to answer under: set by `dit distill` for students that take it as an input."""
     frequency_size: PositiveInt = 256
     """Sinusoidal features of t."""
     attention_backend: Literal["sdpa", "xformers"] = "sdpa"

@@ -1,5 +1,6 @@
 """Few-step students: one class a method."""
 
+import re
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -51,6 +52,9 @@ class ConsistencyConfig(_Flow):
     """How the teacher steps from t to r."""
     solver_steps: PositiveInt = 1
     """Teacher steps between t and r."""
+    guidance_range: tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]] | None = None
+    """[low, high]: the student is told the scale s, drawn for each sample between these, instead of baking one in (Luo et al. 2023). It is
+    sampled at any s of the range, one call a step; `guidance` then says at which by default."""
     huber: Annotated[float, Field(ge=0)] = 0.0
     """Constant of the pseudo-Huber loss for unit-variance data, relative to sqrt(dimension); 0 is squared error."""
 
@@ -60,11 +64,23 @@ class ConsistencyConfig(_Flow):
             raise ValueError(f"phases={self.phases} and student_steps={self.student_steps}: a student of phases takes one step in each")
         return self
 
+    @model_validator(mode="after")
+    def _default_is_in_range(self) -> Self:
+        if self.guidance_range is None:
+            return self
+        low, high = self.guidance_range
+        if self.flow == "data" or not low < high or not low <= self.guidance.scale <= high or self.guidance.scale == 1:
+            raise ValueError(
+                f"guidance_range={[low, high]}, guidance {self.guidance}, flow={self.flow}: expected low < high, a default s > 1 between "
+                "them, and flow: teacher, for data cannot be guided"
+            )
+        return self
+
 
 class _Derived(_Flow):
-    derivative: Literal["difference", "forward"] = "difference"
-    """How the student is differentiated along the flow: by a central difference, with any attention kernel and sharding, in fp32; or in
-    forward mode, exact in bf16 too, with plain attention, ZeRO up to stage 2 and teachers on rectified flow."""
+    derivative: Literal["forward", "difference"] = "forward"
+    """How the student is differentiated along the flow: in forward mode, exact in bf16 too; or by a central difference, which takes any
+    attention kernel and only fp32 resolves."""
     step: PositiveFloat = 1e-4
     """Half of the difference in t. Time is embedded at up to 1000 radians a unit: 1e-3 is off by 10 % and more."""
 
@@ -106,6 +122,13 @@ class ProgressiveConfig(_Method):
     teacher_steps: PositiveInt = 2
     """Euler steps of the teacher that one of `student_steps` stands for; 1 only bakes the guidance in, which goes first
     (Meng et al. 2022, arXiv:2210.03142)."""
+
+
+class MomentMatchingConfig(_Method):
+    """A student of few noisy steps whose latents have the teacher's moments, as far as gradients of its weights tell them (Salimans et
+    al. 2024, arXiv:2406.04103, 4.2). Sampled by `ancestral` in `student_steps` steps. Wants large packs, of which it multiplies halves."""
+
+    name: Literal["moment_matching"]
 
 
 class _Critic(Section):
@@ -189,6 +212,7 @@ Method = (
     | MeanFlowConfig
     | ContinuousConsistencyConfig
     | ProgressiveConfig
+    | MomentMatchingConfig
     | DistributionMatchingConfig
     | ScoreRegularisedConfig
     | AdversarialConfig
@@ -198,10 +222,22 @@ MethodConfig = Annotated[Method, Field(discriminator="name")]
 
 class TeacherConfig(Section):
     run: str
-    """Run directory of the teacher, a training or a distillation; its config, data and encoders are reused."""
+    """Run directory of the teacher, a training or a distillation; its config, data and encoders are reused. Or one of its checkpoints:
+    RUN/checkpoints/step-00000500."""
     step: PositiveInt | None = None
     """Which checkpoint; None for the newest valid one."""
     weights: Literal["ema", "model"] = "ema"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoint_is_a_run_and_a_step(cls, values: object) -> object:
+        found = re.fullmatch(r"(.+)/checkpoints/step-0*(\d+)/?", str(values.get("run"))) if isinstance(values, dict) else None
+        if not isinstance(values, dict) or found is None:
+            return values
+        run, step = found[1], int(found[2])
+        if values.get("step") not in (None, step):
+            raise ValueError(f"run names the checkpoint of step {step}, and step is {values['step']}: give one of them")
+        return values | {"run": run, "step": step}
 
 
 class DiagnosisConfig(Section):

@@ -12,7 +12,7 @@ from dit.diffusion.clean_tokens import Told
 from dit.diffusion.ddpm import DDPM
 from dit.diffusion.denoiser import Denoiser, OnPath, Predicting
 from dit.diffusion.editing import Known, complete, invert, vary
-from dit.diffusion.guidance import AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Extrapolation, Within
+from dit.diffusion.guidance import AtScale, AutoGuidance, ClassifierFreeGuidance, ClassifierGuidance, Extrapolation, Within
 from dit.diffusion.held_out import held_out_loss
 from dit.diffusion.learned_schedule import VariationalDiffusion, equip, schedule_of
 from dit.diffusion.multistep import dpmpp_2m, unipc
@@ -52,6 +52,7 @@ def build_denoiser(config: ObjectiveConfig, network: Denoiser, path: Path | None
 __all__ = [
     "DDPM",
     "RECTIFIED_FLOW",
+    "AtScale",
     "AutoGuidance",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",

@@ -16,7 +16,7 @@ from dit.diffusion.paths import Path, on_tokens, sample_sums
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """away + s (v - away), by sample: what all guidance by two predictions shares.
+    """away + s (v - away), by sample: what all guidance by two predictions shares. `cond.guidance` goes before scale_s.
 
     zero_star: first scale `away` to fit v best (CFG-Zero*, Fan et al. 2025, arXiv:2503.18886, eq. 13). rescale: how far the standard
     deviation of the result is brought back to that of v (Lin et al. 2023, arXiv:2305.08891, eqs. 15 and 16).
@@ -30,7 +30,7 @@ class Extrapolation:
         """v, away: (L, P)."""
         if self.zero_star:
             away = away * _of_samples(sample_sums(v * away, cond) / sample_sums(away.square(), cond).clamp(min=1e-12), cond)
-        guided = away + self.scale_s * (v - away)
+        guided = away + (self.scale_s if cond.guidance is None else on_tokens(cond.guidance, cond, v)) * (v - away)
         if self.rescale == 0:
             return guided
         return guided * _of_samples(1 - self.rescale + self.rescale * _std(v, cond) / _std(guided, cond), cond)
@@ -50,7 +50,7 @@ class ClassifierFreeGuidance:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Guided velocity (L, P) of x_t (L, P) at t (R,)."""
-        if self.combine.scale_s == 1:
+        if self.combine.scale_s == 1 and cond.guidance is None:
             return self.denoiser(x_t, t, cond)
         assert cond.rows is None or int(cond.rows.max()) + 1 == len(t), "every row of t must be in use, for rows are renumbered"
         both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), self._null(cond).beside(cond))  # (2L, P)
@@ -73,7 +73,7 @@ class AutoGuidance:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         strong = self.denoiser(x_t, t, cond).to(x_t.dtype)
-        if self.combine.scale_s == 1:
+        if self.combine.scale_s == 1 and cond.guidance is None:
             return strong
         return _guide(self.combine, strong, self.weak(x_t, t, cond).to(x_t.dtype), x_t.shape[1], cond)
 
@@ -99,6 +99,16 @@ class ClassifierGuidance:
             (gradient,) = torch.autograd.grad(self.log_likelihood(x, t, cond).sum(), x)
         of_score = self.path.conversion("score", "velocity", t)[1]
         return velocity + self.gamma * on_tokens(of_score, cond, x_t) * gradient
+
+
+class AtScale:
+    """A denoiser that takes the scale of guidance as an input (Meng et al. 2022, arXiv:2210.03142, 3.1), at scale_s: one call."""
+
+    def __init__(self, denoiser: Denoiser, scale_s: float) -> None:
+        self.denoiser, self.scale_s = denoiser, scale_s
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.denoiser(x_t, t, cond if cond.guidance is not None else cond.guided(torch.ones_like(t) * self.scale_s))
 
 
 class Within:

@@ -60,7 +60,10 @@ class Path:
             c = self.at(middle)
             below = c.b < sigma * c.a
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return torch.where(high == 1, high, (low + high) / 2)
+        level = (low + high) / 2
+        c = self.at(level)
+        newton = level + (sigma * c.a - c.b) * c.a / (c.a * c.db - c.b * c.da)  # no step any more, but the derivative by sigma
+        return torch.where((low == 0) | (high == 1), torch.where(high == 1, high, level), newton)
 
     def interpolate(self, latents: Tensor, noise: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Noise `latents` (L, P) to the levels t (R,)."""

@@ -3,6 +3,7 @@
 A new method is a file here, a class in `dit/config/distillation.py` and a `case` in `build_distillation`.
 """
 
+from collections.abc import Sequence
 from typing import Literal, assert_never
 
 from dit.config.backbone import SpatioTemporalDiTConfig
@@ -13,6 +14,7 @@ from dit.config.distillation import (
     DistributionMatchingConfig,
     MeanFlowConfig,
     Method,
+    MomentMatchingConfig,
     ProgressiveConfig,
     ScoreRegularisedConfig,
 )
@@ -25,17 +27,24 @@ from dit.distillation.distribution_matching import DistributionMatching, ScoreRe
 from dit.distillation.flow import Alternating, Distillation, Objective
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
+from dit.distillation.moment_matching import MomentMatching, Weight
 from dit.distillation.networks import Discriminator, discriminator_of, heads_of, student_of, turn_of, with_critic
 from dit.distillation.progressive import Progressive
 from dit.distillation.traits import step_calls, traits_of
 
 
 def build_distillation(
-    config: Method, teacher: Denoiser, token_shift: ShiftConfig | None, critic: Denoiser | None = None, judge: Discriminator | None = None
+    config: Method,
+    teacher: Denoiser,
+    token_shift: ShiftConfig | None,
+    critic: Denoiser | None = None,
+    judge: Discriminator | None = None,
+    weights: Sequence[Weight] = (),
 ) -> Distillation | Alternating:
     """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training.
 
-    critic, judge: what trains beside the student, for methods that have it.
+    critic, judge: what trains beside the student, for methods that have it. weights: of the teacher's network, for methods that
+    differentiate it by them.
     """
     match config:
         case DistributionMatchingConfig():
@@ -56,6 +65,8 @@ def build_distillation(
             return ContinuousConsistency(config, teacher, token_shift)
         case ProgressiveConfig():
             return Progressive(config, teacher, token_shift)
+        case MomentMatchingConfig():
+            return MomentMatching(config, teacher, token_shift, weights)
         case _:
             assert_never(config)
 
@@ -66,19 +77,29 @@ def objective_at(method: Distillation | Alternating, step: int) -> Objective:
 
 
 def build_student_sampling(config: Method) -> SamplingConfig:
-    """How the student of a method is sampled; stored with it. Its guidance is baked in.
+    """How the student of a method is sampled; stored with it. Its guidance is baked in, or an input.
 
-    A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps.
+    A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps; one
+    that predicts the data as a teacher does, ancestral ones.
     """
-    steps_down = (MeanFlowConfig, ProgressiveConfig)
+    steps_down = (MeanFlowConfig, ProgressiveConfig, MomentMatchingConfig)
     to_data = not isinstance(config, steps_down) and not (isinstance(config, ConsistencyConfig) and config.phases > 1)
-    sampler: Literal["consistency", "euler"] = "consistency" if to_data else "euler"
-    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=1.0))
+    sampler: Literal["consistency", "euler", "ancestral"] = "consistency" if to_data else "euler"
+    if isinstance(config, MomentMatchingConfig):
+        sampler = "ancestral"
+    scale = config.guidance.scale if takes_guidance(config) else 1.0
+    return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=scale))
 
 
 def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
     """The backbone of the student: that of its teacher, with the inputs that its method needs."""
-    return teacher.model_copy(update={"jumps": True}) if isinstance(config, MeanFlowConfig) else teacher
+    inputs = {"jumps": isinstance(config, MeanFlowConfig), "guided": takes_guidance(config)}
+    return teacher.model_copy(update={name: True for name, needed in inputs.items() if needed})
+
+
+def takes_guidance(config: Method) -> bool:
+    """Whether its student is told the scale of guidance."""
+    return isinstance(config, ConsistencyConfig) and config.guidance_range is not None
 
 
 __all__ = [
@@ -89,8 +110,10 @@ __all__ = [
     "Distillation",
     "DistributionMatching",
     "MeanFlow",
+    "MomentMatching",
     "Progressive",
     "ScoreRegularised",
+    "Weight",
     "build_distillation",
     "build_student_sampling",
     "discriminator_of",
@@ -99,6 +122,7 @@ __all__ = [
     "step_calls",
     "student_backbone",
     "student_of",
+    "takes_guidance",
     "teacher_gap",
     "traits_of",
     "turn_of",

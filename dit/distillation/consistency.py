@@ -6,6 +6,7 @@ f(x, t) = x - (t - e) v(x, t) is its consistency function, e the lower end of th
 holds by itself, so no boundary scalings are needed.
 """
 
+from dataclasses import replace
 from typing import assert_never
 
 import torch
@@ -26,8 +27,9 @@ from dit.runtime.losses import Losses
 class ConsistencyDistillation:
     """Make the student agree with itself along the teacher's flow: f(x_t, t) = f(x_r, r) for e <= r < t.
 
-    teacher: frozen, and guided already; the guidance is baked into the student, so captions are never dropped here and the student
-    is sampled without guidance. token_shift: that of the teacher's training, for the student is sampled at the same levels.
+    teacher: frozen, and guided already; the guidance is baked into the student, or with `guidance_range` both are told its scale. So
+    captions are never dropped here and the student needs one call. token_shift: that of the teacher's training, for the student is
+    sampled at the same levels.
     With `flow: data` the sample's own line takes the teacher's place: consistency training.
 
     Method: discrete consistency distillation (Song et al. 2023, arXiv:2303.01469, eq. 7; guided: Luo et al. 2023,
@@ -47,6 +49,8 @@ class ConsistencyDistillation:
         training. On a mixture of three Gaussians (1500 steps) the energy distance of 1-, 2- and 4-step students was 2.4, 2.6,
         1.7 e-3 so, against 3.0, 4.1, 3.9 e-3 with weight 1 / t and 5.3, 9.0, 10.7 e-3 with weight 1.
         """
+        if self.config.guidance_range is not None:
+            batch = replace(batch, cond=batch.cond.guided(drawn_scales(self.config.guidance_range, batch)))
         levels = self._levels(batch, relative_gap(self.config, progress))
         x_t, noise, t = noised(batch, levels[0])
         flow = flow_of(self.config.flow, self.teacher, batch, noise)
@@ -92,6 +96,12 @@ class ConsistencyDistillation:
         x_r, mean_velocity = follow(flow, x_t, torch.stack([torch.lerp(t, r, i / steps) for i in range(steps + 1)]), cond, slope)
         gap = on_tokens((t - r) / (t - e), cond, x_t)
         return gap * mean_velocity + (1 - gap) * euler_slope(student, x_r, r.to(x_t), e.to(x_t), cond).float()
+
+
+def drawn_scales(between: tuple[float, float], batch: PackedLatents) -> Tensor:
+    """The scale of guidance of each sample, (n,) float32, uniform in a range."""
+    low, high = between
+    return (low + (high - low) * times.uniforms(batch.keys, None, "guidance")).float().to(batch.tokens.device)
 
 
 def relative_gap(config: ConsistencyConfig, progress: float) -> float:

@@ -6,13 +6,12 @@ from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkabl
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipelines.packed import Conditioning, PackedLatents
 from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.paths import on_tokens
 from dit.diffusion.samplers import Slope, heun
+from dit.runtime.duals import dual, parts
 from dit.runtime.losses import Losses
 
 Objective = Callable[[Denoiser, PackedLatents, float], Losses]
@@ -75,7 +74,7 @@ def follow(flow: Denoiser, x: Tensor, levels: Tensor, cond: Conditioning, slope:
 
 @torch.no_grad()
 def derivative(
-    student: Denoiser, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, how: Literal["difference", "forward"], step: float
+    student: Denoiser, x: Tensor, t: Tensor, velocity: Tensor, cond: Conditioning, how: Literal["forward", "difference"], step: float
 ) -> Tensor:
     """d/dt of the student's answer along the flow, the level that it jumps to staying where it is: (L, P), in the dtype of `velocity`.
 
@@ -87,9 +86,8 @@ def derivative(
 
     match how:
         case "forward":
-            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-                level = forward_ad.make_dual(t, torch.ones_like(t))
-                return forward_ad.unpack_dual(moved(level, forward_ad.make_dual(x, velocity.to(x)))).tangent.to(velocity)
+            with torch.compiler.set_stance("force_eager"):  # a compiled block knows plain tensors alone
+                return parts(moved(dual(t, torch.ones_like(t)), dual(x, velocity.to(x))))[1].to(velocity)
         case "difference":
             upper, lower = (t + step).clamp(max=1), (t - step).clamp(min=0)
             after, before = (moved(level, x + on_tokens(level - t, cond, x) * velocity.to(x)) for level in (upper, lower))

@@ -9,6 +9,7 @@ from dit.config.distillation import (
     DistributionMatchingConfig,
     MeanFlowConfig,
     Method,
+    MomentMatchingConfig,
     ProgressiveConfig,
     ScoreRegularisedConfig,
 )
@@ -17,7 +18,8 @@ from dit.config.distillation import (
 class Calls(NamedTuple):
     """Calls of a network for each sample of a step; where networks train in turns, the mean over the turns.
 
-    trained: forward and backward passes. plain: forward passes of student and critic without gradient. teacher: forward passes of the
+    trained: forward and backward passes. plain: forward passes of student and critic without gradient, one on
+    dual numbers counting two. teacher: forward passes of the
     teacher, guided ones counting two. A pass to the input of heads' tokens counts as two.
     """
 
@@ -45,21 +47,22 @@ class Traits(NamedTuple):
 
 def step_calls(config: Method) -> Calls:
     """What a step of the method costs, whatever the size of its networks."""
-    guided = 1 if config.guidance.scale == 1 else 2
+    guided = 1 if config.guidance.scale == 1 else 2  # null and conditional branch
     match config:
         case ConsistencyConfig():
             steps = config.solver_steps * (2 if config.solver == "heun" else 1) if config.flow == "teacher" else 0
             return Calls(1, 1, steps * guided)
         case MeanFlowConfig() | ContinuousConsistencyConfig():
-            return Calls(1, 2 if config.derivative == "difference" else 1, guided if config.flow == "teacher" else 0)
+            return Calls(1, 2, guided if config.flow == "teacher" else 0)
         case ProgressiveConfig():
             return Calls(1, 0, config.teacher_steps * guided)
+        case MomentMatchingConfig():  # once with its gradient, twice for a difference
+            return Calls(1, 0, 5 * guided)
         case DistributionMatchingConfig() | ScoreRegularisedConfig():
             steps, heads = config.critic.steps, 0 if config.critic.heads is None else 3
             student = Calls(1, 1 + (config.student_steps - 1) / 2 + heads, guided)
             if isinstance(config, ScoreRegularisedConfig):
-                derivative, teacher = 2 if config.derivative == "difference" else 1, guided if config.flow == "teacher" else 0
-                student = Calls(2, student.plain + derivative, guided + teacher)
+                student = Calls(2, student.plain + 2, guided + (guided if config.flow == "teacher" else 0))
             critic = Calls(1, (config.student_steps + 1) / 2 + 2 * heads, 0)
             return Calls(*((own + steps * other) / (1 + steps) for own, other in zip(student, critic, strict=True)))
         case AdversarialConfig():  # heads see the tokens of the teacher's first blocks, counted as the whole; through them goes a gradient
@@ -79,6 +82,8 @@ def traits_of(config: Method) -> Traits:
             return Traits()
         case ProgressiveConfig():
             return Traits(any_steps=False, any_time=False)
+        case MomentMatchingConfig():
+            return Traits(any_steps=False, any_time=False, follows_flow=False)
         case ScoreRegularisedConfig():
             return Traits(follows_flow=False)
         case DistributionMatchingConfig() | AdversarialConfig():

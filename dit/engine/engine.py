@@ -46,8 +46,8 @@ class Outcome(NamedTuple):
 class Engine:
     """A module with its optimizer, its averaged weights and its place in the run.
 
-    module: call it directly. step: steps of the run so far, of them `taken` with effect on each network. samples_seen: samples of those
-    steps. lr: of the last step.
+    module: whole, on any device; call it directly. step: steps of the run so far, of them `taken` with effect on each network.
+    samples_seen: samples of those steps. lr: of the last step.
     """
 
     def __init__(self, module: nn.Module, run: FitRun, accumulation: int, turns: Turns | None = None) -> None:
@@ -72,6 +72,9 @@ class Engine:
         assert sum(len(group["params"]) for group in groups) == len(self.shapes), "every parameter is of one network"
         self._optimizer = AdamWithEMA(groups, run.ema, self.turn)
         exact = {name: parameter.detach().float().flatten() for name, parameter in module.named_parameters()}
+        if run.engine.precision == "bf16":
+            module.bfloat16()  # before it moves, so that no device has to hold all of it in float32
+        module.to(distributed.device())
         is_sharded = run.engine.offload != "none" or (run.engine.zero_stage > 0 and distributed.world_size() > 1)
         self._shards = (ZeroShards if is_sharded else Replicas)(module, self._optimizer, run, accumulation)  # one rank has nothing to shard
         self._optimizer.reset(self._shards.masters, {place.group for place in self._shards.places() if is_of(place.name, self.turns.first)})

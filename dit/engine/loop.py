@@ -88,8 +88,9 @@ def fit(
 
     losses_of(pack, progress) is called on every rank, and so is validate(module), which returns the same losses on all.
     left_out: ids that were unusable before the checkpoint it goes on from. leave_out(ids) is told those of each step, on all ranks alike.
-    preview(module, step) draws with the averaged weights, on the first rank, under ZeRO stage 3 on all; videos (B, T, H, W, 3) that
-    it returns go to TensorBoard. judge(module, step) is called in the same way; its figures join the line of the step as "student".
+    preview(module, step) draws with the averaged weights, on the first rank, on all under ZeRO stage 3 and where ranks share packs;
+    videos (B, T, H, W, 3) that it returns go to TensorBoard. judge(module, step) is called in the same way; its figures join the line of
+    the step as "student".
     flops_of(pack): floating-point operations of its forward and backward pass.
     Raises UntrustedStep, DataBudgetExceeded, UserError (disk), on all ranks.
     """

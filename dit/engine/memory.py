@@ -35,13 +35,16 @@ def state_bytes(engine: EngineConfig, ema: EMAConfig, parameters: int, ranks: in
     buffers: of messages and of gathered weights, at most; none on the CPU.
 
     Stage 0, and one rank: everything. 1: master weights, moments and averages are shared; gradients stay whole in bf16, in fp32 until they
-    are reduced. 2: gradients are shared too. 3: weights too, but those below `whole_below`, which are left out here.
+    are reduced. 2: gradients are shared too. 3: weights too, with a copy in each group of `gather_within`, but those below
+    `whole_below`, which are left out here.
     """
     averaged, parameters = parameters, parameters + critic
     stage = engine.zero_stage if ranks > 1 or engine.offload != "none" else 0
     is_bf16, kinds = engine.precision == "bf16", 1 + len(ema.sigma_rel)
     shared = -(-parameters // ranks) if stage else parameters
     weights = (shared if stage == 3 else parameters) * (2 if is_bf16 else 4)
+    if stage == 3 and engine.gather_within > 1:
+        weights += -(-parameters // engine.gather_within) * (2 if is_bf16 else 4)
     if stage == 0 and not is_bf16:
         weights = 0  # views of the master weights
     gradients = 4 * (shared if stage > 1 or (stage == 1 and not is_bf16) else parameters)

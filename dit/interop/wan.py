@@ -109,7 +109,7 @@ def backbone_config(fields: Mapping[str, Any]) -> SpatioTemporalDiTConfig:
 
 def check_exportable(config: SpatioTemporalDiTConfig) -> None:
     """Raise UserError that names every key of the backbone that the Wan layout has no place for."""
-    needed = {"modulation": "shared", "attention": "full", "num_classes": None, "learned_variance": False, "jumps": False}
+    needed = {"modulation": "shared", "attention": "full", "num_classes": None, "learned_variance": False, "jumps": False, "guided": False}
     wrong = [
         f"backbone.{key}: got {getattr(config, key)!r}, Wan needs {value!r}"
         for key, value in needed.items()

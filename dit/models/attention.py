@@ -142,10 +142,10 @@ def _on_one_rank(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, backe
     assert q.shape[0] == sum(layout.query_lengths), (q.shape, sum(layout.query_lengths))
     assert k.shape[0] == v.shape[0] == sum(layout.key_lengths), (k.shape, v.shape, sum(layout.key_lengths))
     match backend:
-        case "sdpa":
-            return _sdpa(q, k, v, layout.folded)
-        case "xformers":
+        case "xformers" if isinstance(q, Tensor):
             return _xformers(q, k, v, layout)
+        case "sdpa" | "xformers":  # dual numbers have a rule for torch's kernel alone
+            return _sdpa(q, k, v, layout.folded)
         case _:
             assert_never(backend)
 

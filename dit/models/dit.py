@@ -48,6 +48,7 @@ class SpatioTemporalDiT(nn.Module):
         self.text_embedder = nn.Sequential(nn.Linear(text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width))
         self.time_embedder = TimestepEmbedder(config.frequency_size, width)
         self.jump_embedder = TimestepEmbedder(config.frequency_size, width) if config.jumps else None
+        self.guidance_embedder = TimestepEmbedder(config.frequency_size, width, units=1) if config.guided else None
         self.label_embedder = None if config.num_classes is None else LabelEmbedder(config.num_classes, width)
         self.time_projection = WideLinear(width, 6 * width) if config.modulation == "shared" else None
         self.blocks = nn.ModuleList(
@@ -94,6 +95,8 @@ class SpatioTemporalDiT(nn.Module):
         rows, embedded = cond.rows, self.time_embedder(t)  # (R,) -> (R, D)
         if self.jump_embedder is not None:
             embedded = embedded + self.jump_embedder(torch.zeros_like(t) if cond.jump is None else cond.jump)
+        if self.guidance_embedder is not None:
+            embedded = embedded + self.guidance_embedder(torch.ones_like(t) if cond.guidance is None else cond.guidance)
         if rows is None:
             assert len(t) == len(cond.grids), f"{len(t)} times for {len(cond.grids)} samples"
             rows = cond.sample_of_token if len(set(cond.lengths)) > 1 else None
@@ -132,8 +135,9 @@ class SpatioTemporalDiT(nn.Module):
         embedders = [self.time_embedder.mlp, self.text_embedder]
         for layer in (layer for mlp in embedders for layer in mlp if isinstance(layer, nn.Linear)):
             nn.init.normal_(layer.weight, std=0.02)  # as in DiT
-        if self.jump_embedder is not None:  # starts as the network without it
-            nn.init.zeros_(cast(nn.Linear, self.jump_embedder.mlp[2]).weight)
+        for embedder in (self.jump_embedder, self.guidance_embedder):  # starts as the network without it
+            if embedder is not None:
+                nn.init.zeros_(cast(nn.Linear, embedder.mlp[2]).weight)
         if self.label_embedder is not None:
             nn.init.normal_(self.label_embedder.table.weight, std=0.02)
         if self.time_projection is not None:  # no block depends on time before it has learned to

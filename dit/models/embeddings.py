@@ -31,15 +31,16 @@ class WideLinear(nn.Linear):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed t in [0, 1] (0 = data, 1 = noise): (R,) -> (R, D), at least float32."""
+    """Embed t in [0, 1] (0 = data, 1 = noise), or another scalar in `units` of its own: (R,) -> (R, D), at least float32."""
 
-    def __init__(self, frequency_size: int, hidden_size: int) -> None:
+    def __init__(self, frequency_size: int, hidden_size: int, units: int = TIME_UNITS) -> None:
         super().__init__()
+        self.units = units
         self.frequency_size = frequency_size
         self.mlp = nn.Sequential(WideLinear(frequency_size, hidden_size), nn.SiLU(), WideLinear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoids(at_least_float32(t) * TIME_UNITS, self.frequency_size))
+        return self.mlp(sinusoids(at_least_float32(t) * self.units, self.frequency_size))
 
 
 def sinusoids(x: Tensor, size: int) -> Tensor:
@@ -92,14 +93,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
-        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (phases,) = ctx.saved_tensors
         return _Rotate.apply(gradient, phases.conj().resolve_conj()), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
-        (phases,) = ctx.saved_tensors
-        return _Rotate.apply(tangent, phases)

@@ -19,7 +19,7 @@ def parameters(config: SpatioTemporalDiTConfig, *, channels: int, text_width: in
     attention = 4 * (d * d + d) + 2 * d
     block = 2 * attention + 2 * d + (d * config.ffn_size + config.ffn_size) + (config.ffn_size * d + d)
     total = config.depth * block + (p * d + d) + (text_width * d + d) + (d * d + d) + (d * p + p)
-    total += (2 if config.jumps else 1) * ((config.frequency_size * d + d) + (d * d + d))
+    total += (1 + config.jumps + config.guided) * ((config.frequency_size * d + d) + (d * d + d))
     total += 0 if config.num_classes is None else (config.num_classes + 1) * d
     match config.modulation:
         case "shared":
@@ -46,7 +46,8 @@ def forward_flops(
     d, p = config.hidden_size, channels * prod(config.patch_size)
     lengths = [prod(grid) for grid in grids]
     tokens, text, rows = sum(lengths), sum(text_lengths), len(grids) if rows is None else rows
-    ends = tokens * 2 * p * d + text * (text_width * d + d * d) + rows * (2 if config.jumps else 1) * (config.frequency_size * d + d * d)
+    scalars = rows * (1 + config.jumps + config.guided) * (config.frequency_size * d + d * d)
+    ends = tokens * 2 * p * d + text * (text_width * d + d * d) + scalars
     projections = config.depth * (tokens * (6 * d * d + 2 * d * config.ffn_size) + text * 2 * d * d)
     modulation = rows * d * d * (6 if config.modulation == "shared" else 6 * config.depth + 2)
     pairs = sum(sum(_attended_pairs(config, i, grid) for grid in grids) for i in range(config.depth))
@@ -70,7 +71,8 @@ def activation_bytes(config: SpatioTemporalDiTConfig, tokens: int, precision: Li
     d, c = config.hidden_size, 4 if precision == "fp32" else 2
     block = tokens * (d * (BLOCK_BYTES[precision] + mixed * MIXED_BYTES[precision]) + 2 * c * config.ffn_size)
     wide = d * (config.frequency_size + d) + d * d * (6 if config.modulation == "shared" else 6 * config.depth + 2)
-    ends = tokens * d * (4 * c + 5 * mixed) + (4 * wide if precision == "bf16" else 0)
+    copies = 4 * wide if precision == "bf16" else 0  # layers that compute in fp32 keep their weights so
+    ends = tokens * d * (4 * c + 5 * mixed) + copies
     match config.activation_checkpointing:
         case "none":
             return ends + config.depth * block

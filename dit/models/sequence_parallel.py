@@ -44,6 +44,7 @@ class PartConditioning(Conditioning):
             rows=None if whole.rows is None else whole.rows[own],
             labels=None if whole.labels is None else whole.labels[samples],
             jump=whole.jump if whole.jump is None or whole.rows is not None else whole.jump[samples],
+            guidance=whole.guidance if whole.guidance is None or whole.rows is not None else whole.guidance[samples],
             whole=whole,
             shares=shares,
             samples=samples,

@@ -1,7 +1,7 @@
 """The tokens of a pack, shared out over the ranks that compute it together. Knows nothing of the model.
 
-Letters: L tokens of the pack, l of this rank, n ranks, N heads, K channels a head. Every exchange is linear and is its own kind of
-derivative: gradients go the way back, tangents the same way, and without gradients the tensors are plain.
+Letters: L tokens of the pack, l of this rank, n ranks, N heads, K channels a head. Every exchange is linear: gradients go
+the way back, and dual numbers send value and tangent in one message.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit.runtime import distributed
+from dit.runtime.duals import apply_linear
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,11 @@ class Shares:
 
 
 class _Exchange(torch.autograd.Function):
-    """`distributed.exchange` with derivatives."""
+    """`distributed.exchange` with its gradient."""
 
     @staticmethod
     def forward(x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
-        return distributed.exchange(x, send, receive)
+        return apply_linear(lambda x: distributed.exchange(x, send, receive), x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Sequence[int], Sequence[int]], output: Tensor) -> None:
@@ -71,7 +72,3 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         return _Exchange.apply(gradient, ctx.receive, ctx.send), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None, __: None) -> Tensor:  # type: ignore[override]
-        return _Exchange.apply(tangent, ctx.send, ctx.receive)

@@ -2,6 +2,8 @@
 
     python tests/benchmarks/engine.py step
     torchrun --nproc_per_node 2 tests/benchmarks/engine.py zero
+    torchrun --nproc_per_node 2 tests/benchmarks/engine.py sequence
+    python tests/benchmarks/engine.py memory
     python tests/benchmarks/engine.py checkpoint [FOLDER]
 
 Contestants take turns, step by step, so that a busy machine slows all of them; a figure is the median of the ratios of the turns
@@ -9,7 +11,10 @@ Contestants take turns, step by step, so that a busy machine slows all of them; 
 Times are CPU times of the process where only computing is compared, and wall times where disks or messages are.
 """
 
+import math
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,12 +26,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dit.config import FitRun
+from data_pipelines.packed import pack_conditioning
+from dit.config import FitRun, SpatioTemporalDiTConfig
 from dit.engine import checkpoint, durable
 from dit.engine.engine import Engine
 from dit.engine.loop import fit
 from dit.engine.optimizer import parameter_groups
 from dit.engine.saver import Saver
+from dit.models import build_backbone
 from dit.runtime import distributed
 from dit.runtime.losses import Losses
 
@@ -172,6 +179,67 @@ def zero() -> None:
     table(f"{distributed.world_size()} ranks on gloo, {size:.1f} M parameters, float32", rows)
 
 
+def backbone(**options: object) -> Callable[[tuple[int, int, int]], None]:
+    """A backward pass of a backbone over one sample of a grid."""
+    sizes = {"hidden_size": 384, "depth": 6, "num_heads": 6, "ffn_size": 1536}
+    with distributed.seeded(0):
+        network = build_backbone(SpatioTemporalDiTConfig.model_validate(sizes | options), channels=16, text_width=64)
+
+    def run(grid: tuple[int, int, int]) -> None:
+        cond = pack_conditioning([grid], [torch.ones(16, 64)])
+        network(torch.ones(cond.lengths[0], 64), torch.full((1,), 0.5), cond).square().mean().backward()
+
+    return run
+
+
+def sequence() -> None:
+    """A pack on all ranks together against a pack on one of them, while the others wait. Wall times."""
+    ranks, rows = distributed.world_size(), [("tokens", "alone", "together", "speed-up")]
+    alone = backbone()
+    distributed.init(ranks)
+    together = backbone()
+    for grid in ((4, 16, 16), (12, 16, 16)):
+        pairs = []
+        for _ in range(5):
+            times = []
+            for run, takes_part in ((alone, distributed.rank() == 0), (together, True)):
+                distributed.barrier()
+                start = time.perf_counter()
+                if takes_part:
+                    run(grid)
+                distributed.barrier()
+                times.append(time.perf_counter() - start)
+            pairs.append(times)
+        one, all_ = (median(pair[i] for pair in pairs[1:]) for i in (0, 1))
+        speed = median(a / b for a, b in pairs[1:])
+        rows.append((str(math.prod(grid)), f"{one:.2f} s", f"{all_:.2f} s", f"{speed:.2f}"))
+    table(f"A forward and backward pass on {ranks} ranks", rows)
+
+
+def memory() -> None:
+    """Peak memory and CPU time of a forward and backward pass, a process for each way of keeping activations."""
+    rows = [("activation_checkpointing", "tokens", "CPU time", "peak above the weights")]
+    for grid in ("4x16x16", "8x16x16"):
+        for mode in ("none", "selective", "full"):
+            env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # freed memory goes back at once
+            command = [sys.executable, __file__, "one_pass", mode, grid]
+            rows.append(tuple(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.split("|")))
+    table("What activations cost", rows)
+
+
+def one_pass() -> None:
+    mode, grid = sys.argv[2], tuple(map(int, sys.argv[3].split("x")))
+    run = backbone(activation_checkpointing=mode)
+    run((1, 2, 2))  # gradients
+    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+    for _ in range(3):
+        start = time.process_time()
+        run((grid[0], grid[1], grid[2]))
+        times.append(time.process_time() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{mode}|{math.prod(grid)}|{min(times):.2f} s|{peak / 1024:.0f} MiB", end="")
+
+
 def checkpoint_() -> None:
     """Saving and loading against the disk, and against what others do with as many bytes."""
     with tempfile.TemporaryDirectory(dir=sys.argv[2] if len(sys.argv) > 2 else None) as folder:
@@ -309,5 +377,5 @@ def rows_of(times: dict[str, list[tuple[float, float]]], size: int) -> list[tupl
 if __name__ == "__main__":
     torch.set_num_threads(1)
     distributed.init()
-    {"step": step, "zero": zero, "checkpoint": checkpoint_}[sys.argv[1]]()
+    {"step": step, "zero": zero, "checkpoint": checkpoint_, "sequence": sequence, "memory": memory, "one_pass": one_pass}[sys.argv[1]]()
     distributed.shutdown()

@@ -9,6 +9,7 @@ from the page cache.
 
 import argparse
 import io
+import os
 import statistics
 import tempfile
 import time
@@ -21,7 +22,7 @@ import torch
 import webdataset
 
 from data_pipelines.config import DataConfig
-from data_pipelines.deadline import deadline
+from data_pipelines.deadline import alarm, deadline
 from data_pipelines.decode import decode
 from data_pipelines.index import index_path, read_index
 from data_pipelines.loader import StepStream
@@ -31,6 +32,7 @@ from data_pipelines.rendered import ShapesSet, render
 from data_pipelines.samples import Facts
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.storage import read_into, read_members
+from data_pipelines.workers import InOrder
 
 ROUNDS = 5
 SHARDS, SAMPLES = 16, 32
@@ -72,6 +74,15 @@ def raw_read(tars: list[Path]) -> None:
         with tar.open("rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
+
+
+def raw_read_into(tars: list[Path], memory: memoryview) -> None:
+    """The same into `memory`, all of it in turn, as packs need it."""
+    at = 0
+    for tar in tars:
+        with tar.open("rb", buffering=0) as file:
+            while count := file.readinto(memory[at : at + (1 << 20)]):
+                at = at + count if at + count < len(memory) - (1 << 20) else 0
 
 
 def read_verified(plan: Plan) -> None:
@@ -130,9 +141,11 @@ def latents(folder: Path) -> None:
     megabytes = sum(tar.stat().st_size for tar in tars) / 1e6
     packs = SHARDS * SAMPLES // 8
     inline = plan_of(folder / "latents", 8, 1)
+    memory = memoryview(bytearray(int(16e6 * megabytes / SHARDS / SAMPLES)))
     print(f"latents and text, {SHARDS * SAMPLES} samples of {megabytes / SHARDS / SAMPLES:.2f} MB")
     subjects = {
         "raw read": lambda: raw_read(tars),
+        "raw read, into memory of two packs in turn": lambda: raw_read_into(tars, memory),
         "ranged reads and checksums": lambda: read_verified(inline),
         "stream, no worker": stream(inline, packs),
         "stream, 1 worker": stream(plan_of(folder / "latents", 8, 1, num_workers=1), packs),
@@ -208,10 +221,27 @@ def single_costs(folder: Path) -> None:
     assert all(read_sample(sample, 30.0).error for sample in planned)
     print(f"a damaged sample: {(time.perf_counter() - began) * 1e6 / len(planned):.0f} us")
     began = time.perf_counter()
-    for _ in range(10_000):
-        with deadline(30.0):
-            pass
+    with alarm():
+        for _ in range(10_000):
+            with deadline(30.0):
+                pass
     print(f"deadline of one sample: {(time.perf_counter() - began) * 100:.1f} us")
+    lost_process()
+
+
+def lost_process() -> None:
+    """From the moment at which a task ends its process to the result of the task that is done instead, by another process."""
+    items = InOrder(lambda _: ending, [0, -1], 1, 2, lambda _, when: when, lambda *_: 0, preload="data_pipelines.parcels")
+    next(items)
+    began = time.monotonic()
+    next(items)
+    print(f"a task that ends its process: {(time.monotonic() - began) * 1e3:.0f} ms, the start of another one included")
+    items.close()
+
+
+def ending(task: int) -> int:
+    """End the process at a negative task."""
+    return os._exit(3) if task < 0 else task
 
 
 def main() -> None:

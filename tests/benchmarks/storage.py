@@ -26,7 +26,7 @@ from data_pipelines.index import index_path, read_index
 from data_pipelines.samples import Facts
 from data_pipelines.shards import ShardWriter
 from data_pipelines.sources import read_source
-from data_pipelines.storage import read_members
+from data_pipelines.storage import read_into
 from tests.rclone import BINARY, KEY, SECRET, S3Server
 
 
@@ -171,14 +171,16 @@ def remote(folder: Path, rounds: int) -> None:
             pin.close()
             return index.length / 1e6
 
+        memory = memoryview(bytearray(1 << 20))
+
         def read(function: Callable[..., object], place: str) -> Callable[[], float]:
-            return lambda: [function(place, entry.members) for entry in entries] and len(entries) * 50_000 / 1e6
+            return lambda: [function(place, entry.members, memory) for entry in entries] and len(entries) * 50_000 / 1e6
 
         work = {
-            "local shard": read(read_members, str(path)),
+            "local shard": read(read_into, str(path)),
             "copy of the shard into the cache, verified": copy,
-            "remote shard, in the cache": read(cache.read_members, address),
-            "remote shard, one request a sample": read(read_members, address),
+            "remote shard, in the cache": read(cache.read_into, address),
+            "remote shard, one request a sample": read(read_into, address),
         }
         table("Reading 500 verified samples of 50 kB at random, S3 server on loopback", work, rounds)
 

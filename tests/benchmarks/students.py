@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/students"), help="folder of all results (default: %(default)s)")
     options = parser.parse_args()
+    options.out = options.out / f"judged-by-{options.samples}"  # figures of other counts are not to be compared
     teacher = options.out / "teacher"
     if not (teacher / "results.json").is_file():
         contestants = [{"run": str(options.teacher), "steps": steps} for steps in (options.teacher_steps, *reversed(STEPS))]

@@ -143,7 +143,7 @@ def test_a_failure_costs_its_item_alone_and_is_reported_with_reason_and_code(tmp
     lines = sorted(str(error).split("\n")[1:])
     assert str(error).startswith("3 of 8 were not made")
     assert lines[0] == "  2 (exit code 2): the disk is not mounted"
-    assert lines[1].startswith("  3 (exit code 1): its process ended with exit code -9")
+    assert lines[1] == "  3 (exit code 1): its process ended with SIGKILL"
     assert lines[2] == "  4 (exit code 1): ZeroDivisionError: a bug"
 
 

@@ -5,7 +5,7 @@ import torch
 from data_pipelines.config import DataConfig
 from data_pipelines.loader import StepStream
 from data_pipelines.parcels import Slots
-from data_pipelines.plan import open_plan
+from data_pipelines.plan import START, open_plan
 
 
 def pictures(stream, steps):
@@ -21,6 +21,14 @@ def test_what_is_held_stays_and_what_is_dropped_makes_room(shapes):
         assert all(map(torch.equal, held, expected))
     assert len(set(places)) < 8
     assert not set(places) & {picture.untyped_storage().data_ptr() for picture in held}
+
+
+def test_a_pack_of_holes_alone_arrives(shapes):
+    values = {"sources": [{"path": str(shapes)}], "token_budget": 12, "packs_per_step": 1, "sizes": [(9, 32, 32)], "num_workers": 1}
+    plan = open_plan(DataConfig(**values), lambda facts: (3, 2, 2), 0)
+    first = plan.step(START).packs[0][0].id
+    with StepStream(plan, 0, 1, skip=frozenset({first})) as stream:
+        assert [next(stream).bad, next(stream).bad] == [[(first, "on the skip list")], []]
 
 
 def test_a_slot_grows_when_it_is_free_and_there_are_only_so_many():

@@ -182,6 +182,8 @@ def test_what_cannot_run_is_said_at_the_start():
         make(sources=[source(frames=(5,))], sizes=[(9, 16, 16)])
     with pytest.raises(UserError, match=r"4 % 3 = 1.* 1 or 2 or 4 processes.*multiple of 3"):
         check_world_size(config(), 3)
+    with pytest.raises(UserError, match=r"\(world size / engine.sequence_parallel\) = 4 % \(6 / 2\) = 1.* 2 or 4 or 8 processes"):
+        check_world_size(config(), 6, 2)
 
 
 def test_what_has_no_place_is_dropped_and_counted():

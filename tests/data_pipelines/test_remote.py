@@ -19,7 +19,7 @@ from data_pipelines.loader import StepStream
 from data_pipelines.plan import open_plan
 from data_pipelines.shards import verify_shard
 from data_pipelines.sources import read_source
-from data_pipelines.storage import pieces, read_file, read_range
+from data_pipelines.storage import pieces, read_file, read_range, room_for
 from tests.fault_proxy import Fault, FaultProxy
 from tests.processes import wait_for
 from tests.rclone import KEY, SECRET, S3Server
@@ -272,10 +272,15 @@ def test_a_copy_is_verified_and_a_damaged_one_costs_a_remote_read(bucket, s3, tm
     pin = cache.pin(shard.address, index, stop)
     assert cache.place(shard.address).read_bytes() == (folder / "shard-000000.tar").read_bytes()
     pin.close()
-    wanted = cache.read_members(shard.address, index.entries[0].members)
+
+    def read():
+        memory = memoryview(bytearray(room_for(index.entries[0].members)))
+        return {name: bytes(data) for name, data in cache.read_into(shard.address, index.entries[0].members, memory).items()}
+
+    wanted = read()
     copy = cache.place(shard.address)
     copy.write_bytes(b"\0" * copy.stat().st_size)
-    assert cache.read_members(shard.address, index.entries[0].members) == wanted
+    assert read() == wanted
     assert not copy.exists()
     served = s3.folder / "data" / "pictures" / "shard-000000.tar"
     data = bytearray(served.read_bytes())

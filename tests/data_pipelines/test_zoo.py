@@ -216,7 +216,7 @@ def test_every_animal_is_kept_or_skipped_for_its_reason(zoo, tmp_path):
     peak = "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024"
     command = f"import sys, resource, data_pipelines.ingest; from data_pipelines.__main__ import main; before = {peak}; "
     command += f"code = main(sys.argv[1:]); print('MIB', {peak} - before); sys.exit(code)"
-    arguments = ["ingest", str(folder), str(tmp_path / "out"), "--clip-frames", "5", "stages=[{name: brightness}]"]
+    arguments = ["ingest", str(folder), str(tmp_path / "out"), "--processes", "1", "--clip-frames", "5", "stages=[{name: brightness}]"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "LC_ALL": "C.UTF-8"}
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments], capture_output=True, text=True, timeout=120, env=environment, preexec_fn=limited

@@ -12,12 +12,13 @@ from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning
 from dit.config import DistillRun, TrainRun
 from dit.config.distillation import ConsistencyConfig
+from dit.config.objective import Guidance
 from dit.diffusion import RECTIFIED_FLOW
 from dit.diffusion.ground_truth import pack_of_points
-from dit.distill import check_critic, with_fixed_teacher
+from dit.distill import check_critic, check_teacher, with_fixed_teacher
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import guide
-from dit.runs import Encoders
+from dit.runs import Encoders, TrainedRun
 
 
 def request(folder: Path, step: int | None) -> DistillRun:
@@ -42,6 +43,25 @@ def test_a_student_keeps_the_teacher_that_it_began_with(tmp_path: Path) -> None:
     (teacher / "step-00000010").mkdir()
     assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
     assert with_fixed_teacher(request(tmp_path, 10)).teacher.step == 10
+
+
+def test_a_checkpoint_may_stand_for_its_run() -> None:
+    values = request(Path("runs"), None).model_dump()
+    found = DistillRun.model_validate(values | {"teacher": {"run": "runs/teacher/checkpoints/step-00000500"}}).teacher
+    assert (found.run, found.step) == ("runs/teacher", 500)
+    with pytest.raises(ValueError, match="step 500, and step is 400"):
+        DistillRun.model_validate(values | {"teacher": {"run": "runs/teacher/checkpoints/step-00000500/", "step": 400}})
+
+
+def test_a_teacher_that_cannot_be_guided_is_refused() -> None:
+    run, base = request(Path("runs"), None), BASE
+    check_teacher(run, TrainedRun(Path("runs/teacher"), base, base))
+    undropped = base.model_copy(update={"objective": base.objective.model_copy(update={"condition_dropout": 0.0})})
+    for trained, said in ((undropped, "condition_dropout=0"), (run, "baked in")):
+        with pytest.raises(UserError, match=said):
+            check_teacher(run, TrainedRun(Path("runs/teacher"), trained, undropped))
+        plain = run.model_copy(update={"method": run.method.model_copy(update={"guidance": Guidance(s=1.0)})})
+        check_teacher(plain, TrainedRun(Path("runs/teacher"), trained, undropped))
 
 
 def test_a_difference_of_bf16_answers_is_refused() -> None:

@@ -100,12 +100,15 @@ def test_another_machine_goes_on_and_takes_nothing_that_is_damaged(
     assert refused.code == 4, refused.err
     assert "has checkpoints but none is valid" in refused.err
     assert durable.published(run / "checkpoints") == []
+    done = stored.run("doctor", str(config))
+    assert f"ok  s3://bucket/{tmp_path.name}: " in done.out
     refused = stored.run("train", str(config), "train.seed=4", f"out={tmp_path}/other", ranks=RANKS)
     assert refused.code == 2, refused.err
     assert f"s3://bucket/{tmp_path.name} holds another run" in refused.err
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_server_that_dies_in_an_upload(
     stored: Forks, server: S3Server, tmp_path: Path, latents: Path, whole: list[dict[str, object]]
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from launch.attempts import recorded
 from tests.processes import ENVIRONMENT, REPOSITORY, Forks, free_port, metrics, train_config, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 120
 LENGTH = {"train__samples": 16 * STEPS, "train__save_every_steps": 10}
 

@@ -92,6 +92,8 @@ def test_a_sweep_is_an_array(config: Path, tmp_path: Path, capsys: pytest.Captur
     [
         (["train.samplse=1"], "did you mean samples"),
         (["site.nodes=3"], "data.packs_per_step=4 cannot be shared by site.nodes=3 x 2 ranks = 6"),
+        (["site.nodes=3", "engine.sequence_parallel=2"], "packs_per_step=4 cannot be shared by site.nodes=3 x 2 ranks = 6, 2 to a pack"),
+        (["site.nodes=3", "engine.sequence_parallel=4"], "cannot be shared by site.nodes=3 x 2 ranks = 6, 4 to a pack"),
         (["site.node=3"], "did you mean nodes"),
         (["site.time_limit=soon"], "time_limit"),
         (["site.partition='a\n#SBATCH --uid=0'"], "partition"),

@@ -183,17 +183,6 @@ def test_teacher_missing(forks: Forks, tmp_path: Path) -> None:
     assert_one_message(done, CONFIG, "teacher.run", str(tmp_path / "nowhere"), "not a run directory")
 
 
-def test_forward_mode_with_a_teacher_on_another_path(forks: Forks, tmp_path: Path, teacher: Path) -> None:
-    text = (teacher / "config.resolved.yaml").read_text()
-    assert "name: rectified_flow" in text
-    other = tmp_path / "teacher" / "config.resolved.yaml"
-    other.parent.mkdir()
-    other.write_text(text.replace("name: rectified_flow", "name: diffusion\n  path: {name: trigflow}"))
-    method = {"name": "mean_flow", "guidance": {"s": 1.0}, "derivative": "forward"}
-    done = forks.run("distill", str(distill_config(tmp_path / "student.yaml", other.parent, method=method)))
-    assert_one_message(done, CONFIG, "method.derivative", "trigflow", "difference")
-
-
 def test_teacher_without_that_checkpoint(forks: Forks, tmp_path: Path, teacher: Path) -> None:
     done = forks.run("distill", str(distill_config(tmp_path / "student.yaml", teacher)), "teacher.step=5")
     assert_one_message(done, CONFIG, "checkpoint 5", "[4, 6]")

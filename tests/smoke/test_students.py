@@ -57,8 +57,8 @@ def test_a_mean_flow_student_is_validated_and_hands_on_to_a_progressive_one(
     values = {"contestants": contestants, "prompts": ["a large red disc"], "size": [9, 32, 32], "out": str(tmp_path / "drawn")}
     (tmp_path / "sample.yaml").write_text(json.dumps(values))
     said = forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
-    for run, steps in (("first", 3), ("second", 2), ("first", 1)):
-        assert f"{tmp_path / run}: euler sampler, {steps} steps, guidance s=1 (w=0)" in said
+    for run, steps, times in (("first", 3, "1, 0.667, 0.333"), ("second", 2, "1, 0.5"), ("first", 1, "1")):
+        assert f"{tmp_path / run}: euler sampler, {steps} steps, guidance s=1 (w=0), from t = {times}\n" in said
     assert np.asarray(Image.open(tmp_path / "drawn" / "contact_sheet.png").convert("RGB")).std() > 2
 
 
@@ -112,8 +112,37 @@ def test_heads_that_cannot_see_are_refused(forks: Forks, teacher: Path, tmp_path
 
 
 def test_continuous_consistency_in_forward_mode_says_its_tangent(forks: Forks, teacher: Path, tmp_path: Path) -> None:
-    method = {"name": "continuous_consistency", "guidance": GUIDANCE, "derivative": "forward"}
+    method = {"name": "continuous_consistency", "guidance": GUIDANCE}
     forks.run("distill", str(distill_config(tmp_path / "student.yaml", teacher, method=method))).ok()
     assert all(line["tangent_norm"] > 0 for line in metrics(tmp_path / "student"))
+    student, taught = load_weights(tmp_path / "student", None, "model"), load_weights(teacher, None, "ema")
+    assert any(not torch.equal(student[name], value) for name, value in taught.items())
+
+
+def test_a_student_that_takes_its_guidance_is_sampled_at_any_scale_of_its_range(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    method = {"name": "consistency", "guidance": {"s": 2.0}, "guidance_range": [1.0, 4.0], "solver": "euler", "student_steps": 1}
+    preview = {"prompts": ["a large red disc"], "size": [9, 32, 32], "every_steps": 6}
+    forks.run("distill", str(distill_config(tmp_path / "student.yaml", teacher, method=method, preview=preview))).ok()
+    student, taught = load_weights(tmp_path / "student", None, "model"), load_weights(teacher, None, "ema")
+    assert {name.split(".")[0] for name in student.keys() - taught.keys()} == {"guidance_embedder"}
+    assert float(student["guidance_embedder.mlp.2.weight"].abs().sum()) > 0
+    run = str(tmp_path / "student")
+    asked = [{"sampler": "consistency", "steps": 1, "guidance": {"s": s}} for s in (4.0, 9.0)]
+    values = {"contestants": [{"run": run}, {"run": run, "sampling": asked[0]}], "prompts": ["a large red disc"], "size": [9, 32, 32]}
+    (tmp_path / "sample.yaml").write_text(json.dumps({**values, "out": str(tmp_path / "drawn")}))
+    said = forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
+    assert f"{run}: consistency sampler, 1 steps, guidance s=2 (w=1)" in said
+    assert f"{run}: consistency sampler, 1 steps, guidance s=4 (w=3)" in said
+    values["contestants"] = [{"run": run, "sampling": asked[1]}]
+    (tmp_path / "sample.yaml").write_text(json.dumps({**values, "out": str(tmp_path / "beyond")}))
+    beyond = forks.run("sample", str(tmp_path / "sample.yaml"))
+    assert beyond.code == 2
+    assert "from s=1 to 4" in beyond.err
+
+
+def test_moments_are_matched_by_the_teachers_own_gradients(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    method = {"name": "moment_matching", "guidance": GUIDANCE, "student_steps": 2}
+    forks.run("distill", str(distill_config(tmp_path / "student.yaml", teacher, method=method))).ok()
+    assert np.isfinite([line["loss"] for line in metrics(tmp_path / "student")]).all()
     student, taught = load_weights(tmp_path / "student", None, "model"), load_weights(teacher, None, "ema")
     assert any(not torch.equal(student[name], value) for name, value in taught.items())

@@ -44,6 +44,8 @@ def test_a_good_config_loads_and_its_resolved_form_is_the_same_run(tmp_path: Pat
         ("optimizer.lr=-1", ["optimizer.lr is -1", "greater than 0"]),
         ("optimizer.lr=fast", ["optimizer.lr is 'fast'", "number"]),
         ("engine.zero_stage=7", ["engine.zero_stage is 7", "Allowed: 0, 1, 2, 3"]),
+        ("engine={gather_within: 2}", ["gather_within=2 needs zero_stage 3, got 1"]),
+        ("engine={compile: true, zero_stage: 3}", ["compile=true needs zero_stage 0, 1 or 2, got 3"]),
         ("backbone.modulation=sharde", ["did you mean shared"]),
         ("backbone.num_heads=5", ["hidden_size / num_heads = 64 / 5", "backbone"]),
         (

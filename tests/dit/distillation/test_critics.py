@@ -216,7 +216,8 @@ def test_data_under_another_caption_are_to_be_told_apart() -> None:
 
 @pytest.mark.parametrize("name", ["distribution_matching", "score_regularised"])
 def test_a_round_of_turns_costs_what_is_said(name: str) -> None:
-    config = method(name=name, critic={"optimizer": {"lr": 1.0}, "steps": 2}, student_steps=3, guidance={"s": 3.0})
+    options = {"derivative": "difference"} if name == "score_regularised" else {}  # the closed form has no rules of dual numbers
+    config = method(name=name, critic={"optimizer": {"lr": 1.0}, "steps": 2}, student_steps=3, guidance={"s": 3.0}, **options)
     calls = {"trained": 0, "plain": 0, "teacher": 0}
 
     def counting(own: str) -> Denoiser:

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipelines.config import DataConfig, Source
 from data_pipelines.errors import UserError
@@ -23,6 +21,7 @@ from dit.engine.saver import Saver
 from dit.engine.tally import Tally
 from dit.models import SequenceParallelDiT, SpatioTemporalDiT, build_backbone
 from dit.runtime import distributed
+from dit.runtime.duals import dual, parts
 from dit.stream import Steps
 
 ROOT = Path(sys.argv[1])
@@ -58,10 +57,8 @@ def derivatives(model: SpatioTemporalDiT, x: Tensor, t: Tensor, cond: Conditioni
     found = {"answer": answer.detach(), **dict(zip(leaves, summed.split([g.numel() for g in gradients]), strict=True))}
     if cond.jump is None or cond.rows is not None:
         return found
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-        duals = forward_ad.make_dual(x.detach(), torch.ones_like(x)), forward_ad.make_dual(t.detach(), torch.ones_like(t))
-        tangent = forward_ad.unpack_dual(model(*duals, cond)).tangent
-    assert tangent is not None
+    with torch.no_grad():
+        _, tangent = parts(model(*(dual(value.detach(), torch.ones_like(value)) for value in (x, t)), cond))
     return found | {"tangent": tangent}
 
 
