@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_pipelines.packed import Grid, check_patch, pack_conditioning
 from dit.config import DistillRun, TrainRun
 from dit.diffusion import Denoiser, levels, shift_of
-from dit.distillation import Distillation, build_student_sampling, step_calls, traits_of
+from dit.distillation import Alternating, Distillation, build_student_sampling, step_calls, traits_of
 from dit.distillation.diagnosis import Judge, Pack
 from dit.distillation.verdict import Figures, advice, is_worse, table, verdict
 from dit.drawing import sample_keys, to_videos
@@ -38,7 +38,7 @@ class Diagnosis:
         base: TrainRun,
         encoders: Encoders,
         folder: Path,
-        objective: Distillation,
+        objective: Distillation | Alternating,
         flow_of: Callable[[nn.Module], Denoiser],
         token_budget: int,
         step_tokens: int,

@@ -1,6 +1,7 @@
 """`dit distill`: as `dit train`, with an objective that has a teacher and a student that starts as the teacher."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,19 +9,27 @@ from torch import Tensor, nn
 
 from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
+from data_pipelines.loader import RawPack
 from data_pipelines.packed import PackedLatents
 from dit.config import DistillRun, TrainRun
-from dit.config.distillation import MomentMatchingConfig
+from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, MomentMatchingConfig, ScoreRegularisedConfig
 from dit.diagnosis import Diagnosis
 from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
 from dit.distillation import (
+    Alternating,
     Distillation,
     Weight,
     build_distillation,
     build_student_sampling,
+    discriminator_of,
+    heads_of,
+    objective_at,
     student_backbone,
+    student_of,
     takes_guidance,
     teacher_gap,
+    turn_of,
+    with_critic,
 )
 from dit.drawing import Preview, guide
 from dit.engine import durable
@@ -28,9 +37,11 @@ from dit.engine.checkpoint import load_weights, resume
 from dit.engine.engine import Engine
 from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
+from dit.engine.turns import Turns
 from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
+from dit.runtime.losses import Losses
 from dit.stream import Stream, left_out
 
 EPSILON = 1e-8
@@ -44,6 +55,7 @@ def main(run: DistillRun) -> int:
     run = with_fixed_teacher(run)
     base = trained.base
     check_teacher(run, trained)
+    check_critic(run, base)
     data = run.data or base.data
     encoders = Encoders.load(base.encoders, distributed.device())
     stream = Stream(data, encoders, base.backbone, run.train.seed)
@@ -58,7 +70,7 @@ def main(run: DistillRun) -> int:
         return teacher_gap(objective, flow_of(network), packs, levels)
 
     own = base.model_copy(update={"backbone": student_backbone(run.method, base.backbone)})
-    sampling = build_student_sampling(run.method)
+    preview = Preview(run.preview, build_student_sampling(run.method), encoders, own, folder, RECTIFIED_FLOW) if run.preview else None
     sizes = (data.token_budget, data.token_budget * data.packs_per_step)
     is_judged = run.preview and run.diagnosis
     start = resume(engine, folder)
@@ -72,29 +84,42 @@ def main(run: DistillRun) -> int:
         left_out=left_out(start),
         leave_out=steps.leave_out,
         validate=stream.held_out(run.validation, gap) if run.validation else None,
-        preview=Preview(run.preview, sampling, encoders, own, folder, RECTIFIED_FLOW) if run.preview else None,
+        preview=(lambda module, step: preview(student_of(module), step)) if preview else None,
         judge=Diagnosis(run, own, encoders, folder, objective, flow_of, *sizes) if is_judged else None,
     )
     return 0
 
 
-def compose(run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf, Distillation]:
+def compose(
+    run: DistillRun, trained: TrainedRun, encoders: Encoders, stream: Stream
+) -> tuple[Engine, LossesOf, Distillation | Alternating]:
     """The engine with the teacher's weights, what it is trained on, and the method with its teacher. trained: the teacher's run."""
     base = trained.base
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, torch.device("cpu"))
     config = student_backbone(run.method, base.backbone)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
+        student = equip(network, base.objective)
+        student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
+        module = with_critic(run.method, student, teacher, config.hidden_size)
     if run.engine.compile:
         compile_blocks(network)
-    student = equip(network, base.objective)
-    student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-    is_differentiated = isinstance(run.method, MomentMatchingConfig)  # by its weights: it stays whole, in fp32
-    teacher = teacher.to(distributed.device()) if is_differentiated else place_frozen(teacher, run.engine)
+    if isinstance(run.method, MomentMatchingConfig):  # differentiated by its weights: it stays whole, in fp32
+        teacher = teacher.to(distributed.device())
+    else:  # where gradients go through it to its input it stays whole too
+        is_judge = isinstance(run.method, AdversarialConfig)
+        teacher = place_frozen(teacher, run.engine.model_copy(update={"zero_stage": 0}) if is_judge else run.engine)
     guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
-    objective = build_distillation(run.method, guided, base.objective.shift, weights_of(run, trained, teacher))
-    engine = Engine(student, run, stream.packs_per_rank)
-    return engine, lambda pack, progress: objective(as_flow(base, engine.module), stream.encode(pack), progress), objective
+    turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher)
+    critic = as_flow(base, partial(module, "critic")) if turns else None
+    weights = weights_of(run, trained, teacher)
+    method = build_distillation(run.method, guided, base.objective.shift, critic, discriminator, weights)
+    engine = Engine(module, run, stream.packs_per_rank, turns)
+
+    def losses_of(pack: RawPack, progress: float) -> Losses:
+        return objective_at(method, engine.step)(as_flow(base, module), stream.encode(pack), progress)
+
+    return engine, losses_of, method
 
 
 def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list[Weight]:
@@ -105,9 +130,30 @@ def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list
     return [Weight(value, 1 / (moments[name].to(value).sqrt() + EPSILON)) for name, value in teacher.named_parameters()]
 
 
-def as_flow(base: TrainRun, network: nn.Module) -> Denoiser:
+def as_flow(base: TrainRun, network: Denoiser) -> Denoiser:
     """A network trained by the objective of `base`, on rectified flow: students live there, whatever their teacher's path."""
-    return build_denoiser(base.objective, network, RECTIFIED_FLOW)
+    return build_denoiser(base.objective, student_of(network), RECTIFIED_FLOW)
+
+
+def turns_of(run: DistillRun) -> Turns | None:
+    """Whose turn each step is, if the method trains a critic beside the student."""
+    if not isinstance(run.method, DistributionMatchingConfig | ScoreRegularisedConfig | AdversarialConfig):
+        return None
+    critic = run.method.critic
+    return Turns({"student": run.optimizer, "critic": critic.optimizer}, lambda step: turn_of(step, critic.steps).network)
+
+
+def check_critic(run: DistillRun, base: TrainRun) -> None:
+    """Raise UserError unless the critic of `run`, if it has any, can be made of its teacher, and heads can see its tokens."""
+    heads, path = heads_of(run.method), base.objective.path.name
+    if turns_of(run) and path == "learned":
+        raise UserError(
+            f"method.name={run.method.name}: a critic cannot share the schedule that {run.teacher.run} has learned; use consistency"
+        )
+    if heads and max(heads.blocks) >= base.backbone.depth:
+        raise UserError(f"method.critic: heads on block {max(heads.blocks)}, but the teacher's blocks are 0 to {base.backbone.depth - 1}")
+    if heads and path != "rectified_flow":
+        raise UserError(f"method.critic: heads need a teacher on rectified flow, and {run.teacher.run} is on {path}")
 
 
 def check_teacher(run: DistillRun, trained: TrainedRun) -> None:

@@ -11,6 +11,7 @@ from data_pipelines.config_file import load_run
 from data_pipelines.packed import Grid, check_patch
 from dit.config import DistillRun, TrainRun
 from dit.config.backbone import SpatioTemporalDiTConfig
+from dit.config.distillation import DistributionMatchingConfig, ScoreRegularisedConfig
 from dit.config.encoders import DiffusersVAEConfig, EncodersConfig, HFTextConfig
 from dit.diffusion import equip
 from dit.distillation import step_calls, student_backbone
@@ -74,11 +75,11 @@ def dry_run(run: TrainRun | DistillRun, base: TrainRun, data: DataConfig) -> str
     forward = forward_flops(student, [sizes.grid] * clips, [sizes.caption] * clips, **known)
     again = 1 if student.activation_checkpointing == "full" else 0
     if isinstance(run, TrainRun):
-        calls, said = 3 + again, f"forward 1, backward 2, recomputed {again}"
+        calls, said = 3.0 + again, f"forward 1, backward 2, recomputed {again}"
     else:
         cost = step_calls(run.method)
         calls = cost.forward_passes + cost.trained * again
-        said = f"student {cost.trained} x {3 + again} with gradient + {cost.plain} without, teacher {cost.teacher}"
+        said = f"student {cost.trained:.3g} x {3 + again} with gradient + {cost.plain:.3g} without, teacher {cost.teacher:.3g}"
     flops, steps = data.packs_per_step * forward * calls, -(-run.train.samples // (data.packs_per_step * clips))
     packs, tokens = data.packs_per_step, clips * clip
     teacher = None if isinstance(run, TrainRun) else parameters(base.backbone, **known)
@@ -89,7 +90,7 @@ def dry_run(run: TrainRun | DistillRun, base: TrainRun, data: DataConfig) -> str
         f"pack            {clips} x {clip:,} = {tokens:,} of {data.token_budget:,} tokens (data.token_budget)",
         f"step            {packs} packs x {clips} = {packs * clips} clips, {packs * tokens:,} tokens",
         f"run             {run.train.samples:,} clips / {packs * clips} = {steps:,} steps",
-        f"FLOPs a step    {packs} packs x {forward:.3g} x {calls} ({said}) = {flops:.3g}",
+        f"FLOPs a step    {packs} packs x {forward:.3g} x {calls:.3g} ({said}) = {flops:.3g}",
         "",
         *_memory_table(run, student, teacher, tokens, packs, count, flops, steps),
     ]
@@ -107,6 +108,8 @@ def _memory_table(
     steps: int,
 ) -> list[str]:
     """count, teacher: parameters. flops: of a step."""
+    has_critic = isinstance(run, DistillRun) and isinstance(run.method, DistributionMatchingConfig | ScoreRegularisedConfig)
+    critic = teacher if has_critic and teacher else 0  # a copy of the teacher
     engine, mode = run.engine, backbone.activation_checkpointing
     other = "full" if mode == "none" else "none"
     kept, swapped = (
@@ -125,7 +128,7 @@ def _memory_table(
     ]
     shares = {2**i for i in range(12) if packs % 2**i == 0} | {packs}  # divide the packs of a step
     for ranks in sorted(engine.sequence_parallel * share for share in shares):
-        state = state_bytes(engine, run.ema, count, ranks)
+        state = state_bytes(engine, run.ema, count, ranks, critic=critic)
         frozen = frozen_bytes(engine, teacher, ranks) if teacher else 0
         cells = [*state[:4], frozen, kept, state.buffers, state.device + frozen + kept, state.host]
         seconds = flops / ranks / PEAK_BF16_FLOPS[DEVICE] / UTILISATION

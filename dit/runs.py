@@ -49,6 +49,7 @@ FREE_KEYS = (
     "data.sample_seconds",
     "data.worker_gib",
     "data.cache",
+    "method.critic.optimizer",
 )
 
 

@@ -3,9 +3,10 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from data_pipelines.config import Section
+from dit.config.engine import OptimizerConfig
 from dit.config.objective import Guidance, LogitNormalTimes, UniformTimes
 
 StudentTimes = Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")]
@@ -98,16 +99,19 @@ class MeanFlowConfig(_Derived):
     constant: PositiveFloat = 1e-2
 
 
-class ContinuousConsistencyConfig(_Derived):
-    """Consistency in continuous time: no gap and no target network (Lu & Song 2024, arXiv:2410.11081)."""
-
-    name: Literal["continuous_consistency"]
+class _Continuous(_Derived):
     times: StudentTimes = LogitNormalTimes()
     """Distribution of t; Lu & Song take a normal ln(t / (1 - t)) with mean -1 and std 1.4."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Part of the run over which the derivative of the student comes in; before, it learns the velocity of the flow."""
     constant: PositiveFloat = 0.1
     """c of the normalised tangent g / (rms(g) + c)."""
+
+
+class ContinuousConsistencyConfig(_Continuous):
+    """Consistency in continuous time: no gap and no target network (Lu & Song 2024, arXiv:2410.11081)."""
+
+    name: Literal["continuous_consistency"]
 
 
 class ProgressiveConfig(_Method):
@@ -127,7 +131,92 @@ class MomentMatchingConfig(_Method):
     name: Literal["moment_matching"]
 
 
-Method = ConsistencyConfig | MeanFlowConfig | ContinuousConsistencyConfig | ProgressiveConfig | MomentMatchingConfig
+class _Critic(Section):
+    steps: PositiveInt = 5
+    """Steps of the critic before each of the student. Both are steps of the run, with samples of their own."""
+    optimizer: OptimizerConfig
+    """The critic's own; `optimizer` is the student's."""
+
+
+class HeadsConfig(Section):
+    """Small heads on the tokens of some blocks, which tell noised samples of the student from noised data."""
+
+    blocks: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    """Blocks of the backbone, from 0, whose tokens the heads see. Blocks behind the last of them are not called."""
+    width: PositiveInt = 64
+    """Of the hidden layer of a head."""
+    times: StudentTimes = LogitNormalTimes(mean=1.0)
+    """Levels at which samples are told apart, before the shift: the more noise, the more a head looks at the whole."""
+
+
+class CriticHeadsConfig(HeadsConfig):
+    weight: PositiveFloat = 5e-3
+    """Of the heads' judgement in the student's loss, beside the gradient of matched distributions, which has size 1."""
+    critic_weight: PositiveFloat = 1e-2
+    """Of what the heads learn from, in the critic's loss."""
+
+
+class ScoreCriticConfig(_Critic):
+    """A network that starts as the teacher, is never guided, and learns the velocity of what the student makes at the time."""
+
+    times: StudentTimes = UniformTimes(name="uniform")
+    """Distribution of the levels at which critic and teacher are compared, before the shift, and which the critic learns."""
+    ends: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.02, 0.98)
+    """They are scaled into this interval: at t = 0 there is nothing to compare."""
+    heads: CriticHeadsConfig | None = None
+    """Also tell the student's samples from the data, by the critic's own tokens. The teacher must be on rectified flow."""
+
+
+class DiscriminatorConfig(_Critic, HeadsConfig):
+    """Heads on the tokens of the frozen teacher."""
+
+    steps: PositiveInt = 1
+    """Steps of the heads before each of the student."""
+    mismatched: bool = True
+    """Data under the caption of another sample of the pack are to be told apart as well, so that captions count."""
+    smoothness: NonNegativeFloat = 0.1
+    """Weight of |D(x + s n) - D(x)|^2 / s^2 on data, which stands for the squared gradient of the heads (R1; Lin et al. 2025,
+    arXiv:2501.08316); 0 for none."""
+    smoothness_step: PositiveFloat = 0.1
+    """s."""
+
+
+class DistributionMatchingConfig(_Method):
+    """Match the distribution of what the student makes to the guided teacher's (DMD2, Yin et al. 2024, arXiv:2405.14867). Of the data,
+    captions and sizes alone are used, unless `critic.heads` are given."""
+
+    name: Literal["distribution_matching"]
+    critic: ScoreCriticConfig
+
+
+class ScoreRegularisedConfig(_Continuous):
+    """Continuous consistency, which covers all of the distribution, and matched distributions, which sharpen it (rCM, Zheng et al.
+    2025, arXiv:2510.08431)."""
+
+    name: Literal["score_regularised"]
+    critic: ScoreCriticConfig
+    weight: PositiveFloat = 1.0
+    """Of matched distributions beside consistency; the gradients of both have size 1."""
+
+
+class AdversarialConfig(_Method):
+    """Latent adversarial distillation (LADD, Sauer et al. 2024, arXiv:2403.12015). The student denoises the data from the levels of its
+    sampler; best are data that the guided teacher made. The teacher must be on rectified flow."""
+
+    name: Literal["adversarial"]
+    critic: DiscriminatorConfig
+
+
+Method = (
+    ConsistencyConfig
+    | MeanFlowConfig
+    | ContinuousConsistencyConfig
+    | ProgressiveConfig
+    | MomentMatchingConfig
+    | DistributionMatchingConfig
+    | ScoreRegularisedConfig
+    | AdversarialConfig
+)
 MethodConfig = Annotated[Method, Field(discriminator="name")]
 
 

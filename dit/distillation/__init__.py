@@ -8,31 +8,55 @@ from typing import Literal, assert_never
 
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import (
+    AdversarialConfig,
     ConsistencyConfig,
     ContinuousConsistencyConfig,
+    DistributionMatchingConfig,
     MeanFlowConfig,
     Method,
     MomentMatchingConfig,
     ProgressiveConfig,
+    ScoreRegularisedConfig,
 )
 from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import Denoiser
+from dit.distillation.adversarial import Adversarial
 from dit.distillation.consistency import ConsistencyDistillation
 from dit.distillation.continuous_consistency import ContinuousConsistency
-from dit.distillation.flow import Distillation
+from dit.distillation.distribution_matching import DistributionMatching, ScoreRegularised
+from dit.distillation.flow import Alternating, Distillation, Objective
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
 from dit.distillation.moment_matching import MomentMatching, Weight
+from dit.distillation.networks import Discriminator, discriminator_of, heads_of, student_of, turn_of, with_critic
 from dit.distillation.progressive import Progressive
 from dit.distillation.traits import step_calls, traits_of
 
 
-def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConfig | None, weights: Sequence[Weight] = ()) -> Distillation:
+def build_distillation(
+    config: Method,
+    teacher: Denoiser,
+    token_shift: ShiftConfig | None,
+    critic: Denoiser | None = None,
+    judge: Discriminator | None = None,
+    weights: Sequence[Weight] = (),
+) -> Distillation | Alternating:
     """The objective of a distillation. teacher: on rectified flow, frozen, guided already. token_shift: that of its training.
 
-    weights: of the teacher's network, for methods that differentiate it by them.
+    critic, judge: what trains beside the student, for methods that have it. weights: of the teacher's network, for methods that
+    differentiate it by them.
     """
     match config:
+        case DistributionMatchingConfig():
+            assert critic is not None
+            return DistributionMatching(config.critic, config.student_steps, teacher, critic, judge, token_shift)
+        case ScoreRegularisedConfig():
+            assert critic is not None
+            matching = DistributionMatching(config.critic, config.student_steps, teacher, critic, judge, token_shift)
+            return ScoreRegularised(config, ContinuousConsistency(config, teacher, token_shift), matching)
+        case AdversarialConfig():
+            assert judge is not None
+            return Adversarial(config, teacher, judge, token_shift)
         case ConsistencyConfig():
             return ConsistencyDistillation(config, teacher, token_shift)
         case MeanFlowConfig():
@@ -47,13 +71,19 @@ def build_distillation(config: Method, teacher: Denoiser, token_shift: ShiftConf
             assert_never(config)
 
 
+def objective_at(method: Distillation | Alternating, step: int) -> Objective:
+    """What step number `step` of a run trains on."""
+    return method.at(step) if isinstance(method, Alternating) else method
+
+
 def build_student_sampling(config: Method) -> SamplingConfig:
     """How the student of a method is sampled; stored with it. Its guidance is baked in, or an input.
 
     A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps; one
     that predicts the data as a teacher does, ancestral ones.
     """
-    to_data = isinstance(config, ContinuousConsistencyConfig) or (isinstance(config, ConsistencyConfig) and config.phases == 1)
+    steps_down = (MeanFlowConfig, ProgressiveConfig, MomentMatchingConfig)
+    to_data = not isinstance(config, steps_down) and not (isinstance(config, ConsistencyConfig) and config.phases > 1)
     sampler: Literal["consistency", "euler", "ancestral"] = "consistency" if to_data else "euler"
     if isinstance(config, MomentMatchingConfig):
         sampler = "ancestral"
@@ -73,18 +103,28 @@ def takes_guidance(config: Method) -> bool:
 
 
 __all__ = [
+    "Adversarial",
+    "Alternating",
     "ConsistencyDistillation",
     "ContinuousConsistency",
     "Distillation",
+    "DistributionMatching",
     "MeanFlow",
     "MomentMatching",
     "Progressive",
+    "ScoreRegularised",
     "Weight",
     "build_distillation",
     "build_student_sampling",
+    "discriminator_of",
+    "heads_of",
+    "objective_at",
     "step_calls",
     "student_backbone",
+    "student_of",
     "takes_guidance",
     "teacher_gap",
     "traits_of",
+    "turn_of",
+    "with_critic",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.packed import PackedLatents
-from dit.config.distillation import ContinuousConsistencyConfig
+from dit.config.distillation import ContinuousConsistencyConfig, ScoreRegularisedConfig
 from dit.config.objective import ShiftConfig
 from dit.diffusion import times
 from dit.diffusion.denoiser import Denoiser
@@ -26,7 +26,9 @@ class ContinuousConsistency:
     coordinates; both begin with the velocity of the flow and end at the same g.
     """
 
-    def __init__(self, config: ContinuousConsistencyConfig, teacher: Denoiser, token_shift: ShiftConfig | None) -> None:
+    def __init__(
+        self, config: ContinuousConsistencyConfig | ScoreRegularisedConfig, teacher: Denoiser, token_shift: ShiftConfig | None
+    ) -> None:
         self.config, self.teacher, self.token_shift = config, teacher, token_shift
 
     def __call__(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, NamedTuple, Protocol, assert_never
+from typing import Literal, NamedTuple, Protocol, assert_never, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,16 +14,32 @@ from dit.diffusion.samplers import Slope, heun
 from dit.runtime.duals import dual, parts
 from dit.runtime.losses import Losses
 
+Objective = Callable[[Denoiser, PackedLatents, float], Losses]
+"""From a student, a batch and the progress of the run in [0, 1]."""
 
-class Distillation(Protocol):
-    """An objective with a teacher that is guided already: guidance is baked in, so captions are never dropped."""
+
+class Taught(Protocol):
+    """A method with a teacher that is guided already: guidance is baked in, so captions are never dropped."""
 
     teacher: Denoiser
 
-    def __call__(self, student: Denoiser, batch: PackedLatents, progress: float, /) -> Losses: ...
-
     def walk(self, t: Tensor, lengths: tuple[int, ...], /) -> "Walk":
         """What the teacher does where a trained student jumps once, from t (n,) or the next level above that it knows."""
+        ...
+
+
+class Distillation(Taught, Protocol):
+    """One objective for all steps."""
+
+    def __call__(self, student: Denoiser, batch: PackedLatents, progress: float, /) -> Losses: ...
+
+
+@runtime_checkable
+class Alternating(Taught, Protocol):
+    """An objective for each step, for a student and a critic that train in turns."""
+
+    def at(self, step: int) -> Objective:
+        """The objective of step number `step`, from 0: of the network whose turn it is."""
         ...
 
 

@@ -10,11 +10,11 @@ from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.objectives import noised
 from dit.diffusion.paths import on_tokens
 from dit.diffusion.samplers import euler_slope
-from dit.distillation.flow import Distillation
+from dit.distillation.flow import Taught
 
 
 @torch.no_grad()
-def teacher_gap(method: Distillation, student: Denoiser, batches: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+def teacher_gap(method: Taught, student: Denoiser, batches: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
     """Squared difference of the mean velocities of student and teacher over the jump at each of `levels`: (levels, n) float64 on the CPU.
 
     Every sample keeps one noise, drawn by its key, at all levels. NaN for holes.

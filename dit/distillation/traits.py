@@ -3,25 +3,32 @@
 from typing import NamedTuple, assert_never
 
 from dit.config.distillation import (
+    AdversarialConfig,
     ConsistencyConfig,
     ContinuousConsistencyConfig,
+    DistributionMatchingConfig,
     MeanFlowConfig,
     Method,
     MomentMatchingConfig,
     ProgressiveConfig,
+    ScoreRegularisedConfig,
 )
 
 
 class Calls(NamedTuple):
-    """Calls of a network for each sample of a step. trained: forward and backward passes of the student. plain: its forward passes without
-    gradient, one on dual numbers counting two. teacher: forward passes of the teacher, guided ones counting two."""
+    """Calls of a network for each sample of a step; where networks train in turns, the mean over the turns.
 
-    trained: int
-    plain: int
-    teacher: int
+    trained: forward and backward passes. plain: forward passes of student and critic without gradient, one on
+    dual numbers counting two. teacher: forward passes of the
+    teacher, guided ones counting two. A pass to the input of heads' tokens counts as two.
+    """
+
+    trained: float
+    plain: float
+    teacher: float
 
     @property
-    def forward_passes(self) -> int:
+    def forward_passes(self) -> float:
         """All of it in forward passes of one network: a backward pass costs two."""
         return 3 * self.trained + self.plain + self.teacher
 
@@ -51,6 +58,17 @@ def step_calls(config: Method) -> Calls:
             return Calls(1, 0, config.teacher_steps * guided)
         case MomentMatchingConfig():  # once with its gradient, twice for a difference
             return Calls(1, 0, 5 * guided)
+        case DistributionMatchingConfig() | ScoreRegularisedConfig():
+            steps, heads = config.critic.steps, 0 if config.critic.heads is None else 3
+            student = Calls(1, 1 + (config.student_steps - 1) / 2 + heads, guided)
+            if isinstance(config, ScoreRegularisedConfig):
+                student = Calls(2, student.plain + 2, guided + (guided if config.flow == "teacher" else 0))
+            critic = Calls(1, (config.student_steps + 1) / 2 + 2 * heads, 0)
+            return Calls(*((own + steps * other) / (1 + steps) for own, other in zip(student, critic, strict=True)))
+        case AdversarialConfig():  # heads see the tokens of the teacher's first blocks, counted as the whole; through them goes a gradient
+            steps = config.critic.steps
+            seen = 2 + config.critic.mismatched + bool(config.critic.smoothness)
+            return Calls(1 / (1 + steps), steps / (1 + steps), (3 + steps * seen) / (1 + steps))
         case _:
             assert_never(config)
 
@@ -66,5 +84,9 @@ def traits_of(config: Method) -> Traits:
             return Traits(any_steps=False, any_time=False)
         case MomentMatchingConfig():
             return Traits(any_steps=False, any_time=False, follows_flow=False)
+        case ScoreRegularisedConfig():
+            return Traits(follows_flow=False)
+        case DistributionMatchingConfig() | AdversarialConfig():
+            return Traits(any_time=False, follows_flow=False)
         case _:
             assert_never(config)

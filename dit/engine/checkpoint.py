@@ -23,6 +23,7 @@ from dit.engine import durable, profiles
 from dit.engine.engine import Engine
 from dit.engine.saver import Position, backbone_config
 from dit.engine.tensors import Pieces
+from dit.engine.turns import is_of
 from dit.runtime import distributed, faults
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def resume(engine: Engine, run_dir: Path, before: int | None = None) -> Position
     with Pieces(folder) as pieces:
         _fill(engine, pieces, folder)
     faults.point("load.filled")
-    engine.restore(int(state["step"]), int(state.get("skipped", 0)), int(state["samples_seen"]))
+    engine.restore(int(state["step"]), _taken(state), int(state["samples_seen"]))
     engine.guard.restore(state.get("guard"))
     faults.point("load.done")
     if distributed.rank() == 0:
@@ -61,6 +62,7 @@ def resume(engine: Engine, run_dir: Path, before: int | None = None) -> Position
 def load_weights(run_dir: Path, step: int | None, which: str) -> dict[str, Tensor]:
     """Float32 weights of checkpoint `step` of `run_dir` (None: the newest valid), whole and on the CPU; needs no process group.
 
+    Of several networks that trained in turns, those of the one that the run is for, under its own names.
     which: "model", "ema", or "sigma_rel=S" for the average of that width, reconstructed from all averages of power-function
     profiles in this and earlier checkpoints unless it was kept. Raises UserError if there is no such checkpoint or average,
     NoValidCheckpoint if it, or all, are damaged.
@@ -93,7 +95,7 @@ def _nearest(root: Path, steps: Sequence[int], width: float) -> list[tuple[float
         if step != steps[0] and durable.problems(folder):
             continue
         state = json.loads((folder / "state.json").read_text())
-        time = int(state["step"]) - int(state.get("skipped", 0))
+        time = next(iter(_taken(state).values()))
         widths = [float(kind.removeprefix("ema_")) for kind in state.get("kinds", OLD_KINDS) if kind.startswith("ema_")]
         if step == steps[0] and width in widths:
             return [(1.0, folder, f"ema_{width:g}")]
@@ -104,17 +106,23 @@ def _nearest(root: Path, steps: Sequence[int], width: float) -> list[tuple[float
     return [(weight, folder, kind) for weight, (_, _, folder, kind) in zip(weights, kept, strict=True)]
 
 
+def _taken(state: Mapping[str, Any]) -> dict[str, int]:
+    """Steps of each network, the one that the run is for first; a checkpoint without it has one network, and says what was skipped."""
+    return state.get("taken") or {"": int(state["step"]) - int(state.get("skipped", 0))}
+
+
 def _whole(folder: Path, kind: str) -> dict[str, Tensor]:
-    """All of one kind in a valid checkpoint."""
+    """All of one kind in a valid checkpoint, of the network that its run is for."""
     state = json.loads((folder / "state.json").read_text())
-    shapes: dict[str, list[int]] = state["shapes"]
+    network = next(iter(_taken(state)))
+    shapes: dict[str, list[int]] = {name: shape for name, shape in state["shapes"].items() if is_of(name, network)}
     if kind not in state.get("kinds", OLD_KINDS):
         raise UserError(f"{folder} has no weights of kind {kind!r}; it has {', '.join(state.get('kinds', OLD_KINDS))}")
     with Pieces(folder) as pieces:
         whole = {name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
         missing = [name for name, flat in whole.items() if pieces.copy(kind, name, 0, flat) != flat.numel()]
     assert not missing, f"{folder} is valid but lacks parts of {missing}"
-    return {name: flat.view(shapes[name]) for name, flat in whole.items()}
+    return {name.removeprefix(f"{network}."): flat.view(shapes[name]) for name, flat in whole.items()}
 
 
 def _newest_valid(root: Path, share: int, shares: int, before: int | None = None) -> int | None:
@@ -137,12 +145,12 @@ def _newest_valid(root: Path, share: int, shares: int, before: int | None = None
 
 def _fill(engine: Engine, pieces: Pieces, folder: Path) -> None:
     fragments = list(engine.fragments())
-    short = [f"{kind}/{f.name}" for f in fragments for kind in engine.kinds if pieces.covered(kind, f.name, f.start, f.size) != f.size]
+    short = [f"{kind}/{f.name}" for f in fragments for kind in f.views if pieces.covered(kind, f.name, f.start, f.size) != f.size]
     lacking = sorted({name for names in distributed.gather_json(short) for name in names})
     if lacking:
         raise NoValidCheckpoint(f"{folder} is intact but incomplete, it lacks parts of {', '.join(lacking[:10])} ({len(lacking)} tensors)")
     with ThreadPoolExecutor(READERS) as readers:
-        copies = [readers.submit(pieces.copy, kind, f.name, f.start, f.views[kind]) for f in fragments for kind in engine.kinds]
+        copies = [readers.submit(pieces.copy, kind, f.name, f.start, view) for f in fragments for kind, view in f.views.items()]
     for copy in copies:
         copy.result()
 

@@ -36,27 +36,28 @@ class Verdict:
 
 
 class Guard:
-    """Judges steps one after another. All values that it remembers are finite ones of steps that were taken."""
+    """Judges steps one after another, each by those of the same network. All values that it remembers are finite ones of steps taken."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.judged = 0
-        self.losses: list[float] = []
-        self.norms: list[float] = []
+        self.losses: dict[str, list[float]] = {}
+        self.norms: dict[str, list[float]] = {}
         self.bad: list[int] = []
         """Numbers of the judgements, not of the steps: a rollback repeats step numbers."""
 
-    def max_norm(self, configured: float) -> float:
-        """Where to clip the next gradient: as configured, or at the limit of a spike if that is lower."""
-        return min(configured, self._limit(self.norms)) if self.config.on_spike == "clip" else configured
+    def max_norm(self, configured: float, network: str = "") -> float:
+        """Where to clip the next gradient of `network`: as configured, or at the limit of a spike if that is lower."""
+        return min(configured, self._limit(self.norms.get(network, []))) if self.config.on_spike == "clip" else configured
 
-    def judge(self, loss: float, norm: float) -> Verdict:
-        """Judge a step by its mean `loss` and gradient `norm`, and remember it."""
-        verdict = self._judge(loss, norm)
+    def judge(self, loss: float, norm: float, network: str = "") -> Verdict:
+        """Judge a step of `network` by its mean `loss` and gradient `norm`, and remember it."""
+        losses, norms = self.losses.get(network, []), self.norms.get(network, [])
+        verdict = self._judge(loss, losses, norm, norms)
         self.judged += 1
         if verdict.is_taken:
-            self.losses = [*self.losses, loss][-self.config.window :]
-            self.norms = [*self.norms, min(norm, self._limit(self.norms))][-self.config.window :]
+            self.losses = self.losses | {network: [*losses, loss][-self.config.window :]}
+            self.norms = self.norms | {network: [*norms, min(norm, self._limit(norms))][-self.config.window :]}
             return verdict
         self.bad = [number for number in self.bad if number > self.judged - self.config.window] + [self.judged]
         if len(self.bad) > self.config.max_bad_steps and verdict.action != "stop":
@@ -69,12 +70,12 @@ class Guard:
         return {"judged": self.judged, "losses": self.losses, "norms": self.norms, "bad": self.bad}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Take up what `state` kept, or a part of it; None is of a checkpoint without a guard."""
+        """Take up what `state` kept, or a part of it; None is of a checkpoint without a guard, and lists are of one without networks."""
         kept = state or {}
         for name in self.state().keys() & kept.keys():
-            setattr(self, name, kept[name])
+            setattr(self, name, {"": kept[name]} if name in ("losses", "norms") and isinstance(kept[name], list) else kept[name])
 
-    def _judge(self, loss: float, norm: float) -> Verdict:
+    def _judge(self, loss: float, losses: Sequence[float], norm: float, norms: Sequence[float]) -> Verdict:
         policy = self.config.on_spike
         if not math.isfinite(loss):
             return Verdict(self.config.on_nonfinite, "the loss is not finite")
@@ -82,7 +83,7 @@ class Guard:
             return Verdict(self.config.on_nonfinite, "the gradients are not finite")
         if policy == "ignore":
             return Verdict("take")
-        for name, value, past in (("gradient norm", norm, self.norms), ("loss", loss, self.losses)):
+        for name, value, past in (("gradient norm", norm, norms), ("loss", loss, losses)):
             limit = self._limit(past)
             if value > limit and (policy != "clip" or name == "gradient norm"):
                 return Verdict(policy, f"the {name} {value:.4g} is above {limit:.4g}, its median is {median(past):.4g}")

@@ -119,7 +119,7 @@ def fit(
             outcome = engine.optimizer_step(totals.loss)
 
             loss = totals.loss
-            progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops)
+            progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops, outcome.network)
             is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
             losses = validate(engine.module) if validate and is_due else None
             student = _with_averages(judge, engine, records) if judge and engine.step % judge.every_steps == 0 else None
@@ -241,6 +241,8 @@ def _record(
         "bad": totals.bad,
         **failures,
     }
+    if outcome.network:
+        line["network"] = outcome.network
     if outcome.verdict.action != "take":
         line["guard"] = outcome.verdict.action
     if losses:
@@ -253,10 +255,12 @@ def _record(
         line["student"] = {name: value if value is not None and math.isfinite(value) else None for name, value in student.items()}
         records.scalars({f"student/{name}": value for name, value in line["student"].items() if value is not None}, engine.step)
     records.step(line)
+    bins = {f"loss_t/{name}": value for name, value in totals.bins.items()}
+    folder = f"train/{outcome.network}" if outcome.network else "train"
+    progress.curves |= {f"{folder}/{name}": value for name, value in {**measured, **bins}.items()}
     if not progress.is_due(engine.step):
         return
-    bins = {f"train/loss_t/{name}": value for name, value in totals.bins.items()}
-    records.scalars({**{f"train/{name}": value for name, value in measured.items()}, **bins, **progress.rates()}, engine.step)
+    records.scalars({**progress.curves, **progress.rates()}, engine.step)
     records.status("running", engine.step, samples_seen=engine.samples_seen, **failures)
     if records.is_writer:
         progress.show(engine.step, engine.samples_seen, outcome.grad_norm, engine.lr)

@@ -4,7 +4,7 @@ Knows nothing of sharding: ZeRO hands it flat fp32 partitions in place of the pa
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,41 +29,50 @@ class AdamWithEMA(torch.optim.AdamW):
 
     state[p][kind] <- beta state[p][kind] + (1 - beta) p for each kind of average, beta as `ema_betas` says of the steps taken, this
     one included. The learning rate is zero until it is set, so that a trial step of a wrapper changes no weight.
+    groups: with `betas`, `eps`, `weight_decay` and `network`. turn: the network whose groups the next step changes, and no other.
     admit: asked before each step; False leaves weights and states as they are.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], config: OptimizerConfig, ema: EMAConfig) -> None:
-        super().__init__(groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
-        self.ema = ema
+    def __init__(self, groups: Iterable[dict[str, Any]], ema: EMAConfig, turn: str) -> None:
+        super().__init__(groups, lr=0.0, fused=True)
+        self.ema, self.turn = ema, turn
         self.admit: Callable[[], bool] = lambda: True
+
+    @property
+    def groups_in_turn(self) -> list[dict[str, Any]]:
+        """What the next step changes."""
+        return [group for group in self.param_groups if group["network"] == self.turn]
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
-        for group in self.param_groups:
+        for group in self.groups_in_turn:
             group["lr"] = lr
 
     @torch.no_grad()
-    def reset(self, weights: Iterable[Tensor]) -> None:
-        """Make the states of a run that has taken no step with `weights`: moments zero, averages equal to the weights."""
+    def reset(self, weights: Sequence[Tensor], averaged: Container[int]) -> None:
+        """Make the states of a run that has taken no step with `weights`: moments zero, averages, of those `averaged`, the weights."""
         self.state.clear()
-        for p in weights:
+        for number, p in enumerate(weights):
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            averages = {kind: p.detach().clone() for kind in ema_kinds(self.ema)}
+            averages = {kind: p.detach().clone() for kind in ema_kinds(self.ema) if number in averaged}
             self.state[p] = {"step": torch.tensor(0.0, device=p.device), **moments, **averages}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """AdamW step of every parameter that has a gradient, then the step of its averages; nothing unless `admit` allows it."""
+        """AdamW step of every parameter in turn that has a gradient, then that of its averages; nothing unless `admit` allows it."""
         assert closure is None, "closures are not supported"
         if not self.admit():
             return
+        everything, self.param_groups = self.param_groups, self.groups_in_turn
         super().step()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     state = self.state[p]
                     for kind, beta in ema_betas(self.ema, int(state["step"])).items():
-                        average(state[kind], p, beta)
+                        if kind in state:
+                            average(state[kind], p, beta)
+        self.param_groups = everything
 
 
 def ema_kinds(config: EMAConfig) -> list[str]:

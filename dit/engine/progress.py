@@ -40,8 +40,9 @@ class Progress:
     def __init__(self, total: int, every_steps: int, peak: float | None, out: TextIO | None = None) -> None:
         self.total, self.every_steps, self.peak = total, every_steps, peak
         self.out = sys.stdout if out is None else out
-        self._loss = 0.0
-        self._count = 0
+        self._losses: dict[str, tuple[float, int]] = {}
+        self.curves: dict[str, float] = {}
+        """The newest value of every curve: where networks train in turns, not all have one from the last step."""
         self._printed = time.monotonic()
         self._reset()
 
@@ -49,12 +50,12 @@ class Progress:
         self.steps = self.samples = 0
         self.seconds = self.data_seconds = self.flops = 0.0
 
-    def add(self, loss: float, samples: int, seconds: float, data_seconds: float, flops: float) -> None:
-        """Count one step of `samples` that took `seconds`, of them `data_seconds` waiting for data, and `flops` on all devices."""
+    def add(self, loss: float, samples: int, seconds: float, data_seconds: float, flops: float, network: str = "") -> None:
+        """Count one step, of the network in turn: `samples`, `seconds`, of them `data_seconds` waiting for data, `flops` on all devices."""
         if math.isfinite(loss):
-            self._count += 1
-            memory = min(SMOOTHING, 1 - 1 / self._count)  # the plain mean at first
-            self._loss = memory * self._loss + (1 - memory) * loss
+            mean, count = self._losses.get(network, (0.0, 0))
+            memory = min(SMOOTHING, 1 - 1 / (count + 1))  # the plain mean at first
+            self._losses[network] = (memory * mean + (1 - memory) * loss, count + 1)
         self.steps += 1
         self.samples += samples
         self.seconds += seconds
@@ -85,7 +86,7 @@ class Progress:
             f"step {step}",
             f"{samples_seen}/{self.total} ({samples_seen / self.total:.1%})",
             f"eta {eta}",
-            f"loss {self._loss:.4f}",
+            *(f"{network} loss {mean:.4f}".lstrip() for network, (mean, _) in sorted(self._losses.items())),
             f"grad {grad_norm:.3g}",
             f"lr {lr:.2e}",
             f"{rate:.1f} samples/s",

@@ -60,7 +60,7 @@ class Replicas:
     @torch.no_grad()
     def step(self, max_norm: float, decide: Callable[[float], bool]) -> float:
         """Take the step if `decide(gradient norm)`, the same on all ranks; returns the norm before clipping. Gradients are gone after."""
-        gradients = [master.grad for master in self.masters if master.grad is not None]
+        gradients = [master.grad for group in self._optimizer.groups_in_turn for master in group["params"]]
         for gradient in gradients:
             distributed.all_reduce_sum(gradient)
         world = distributed.world_size()

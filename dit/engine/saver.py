@@ -162,7 +162,7 @@ def state_of(engine: Engine, position: Position) -> dict[str, Any]:
     return {
         "format": durable.FORMAT,
         "step": engine.step,
-        "skipped": engine.skipped,
+        "taken": dict(engine.taken),  # as of now: it is written while training goes on
         "samples_seen": engine.samples_seen,
         "position": position,
         "guard": engine.guard.state(),

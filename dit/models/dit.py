@@ -3,6 +3,7 @@
 Letters: n samples, L tokens, P channels of a token, R conditioning rows, S text tokens, D width, K channels a head.
 """
 
+from collections.abc import Sequence
 from typing import Any, assert_never, cast
 
 import torch
@@ -61,6 +62,16 @@ class SpatioTemporalDiT(nn.Module):
 
         cond.rows None: one row of t a sample; otherwise the row of each token, so one sample may hold several noise levels.
         """
+        (x,), time, rows = self._after(x_t, t, cond, (len(self.blocks) - 1,))
+        return self.final_layer(x, time, rows).reshape(len(x_t), -1).to(x_t.dtype)  # (..., D) -> (L, P)
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
+        """Tokens after each of `blocks`, (L, D), in their order. Blocks behind the last of them are not called."""
+        tokens, _, _ = self._after(x_t, t, cond, blocks)
+        return [x.reshape(len(x_t), -1) for x in tokens]
+
+    def _after(self, x_t: Tensor, t: Tensor, cond: Conditioning, blocks: Sequence[int]) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """Tokens after each of `blocks`, (L, D) or (n, l, D); the embedding of time for the final layer; rows, as for `embed_time`."""
         block_time, final_time, rows = self.embed_time(t, cond)
         layouts = self.layouts(cond)
         x = self.patch_embedder(x_t.to(self.patch_embedder.weight.dtype))  # (L, P) -> (L, D)
@@ -72,9 +83,12 @@ class SpatioTemporalDiT(nn.Module):
         )
         if rows is None:
             x = x.unflatten(0, (len(cond.grids), -1))  # (L, D) -> (n, l, D)
-        for i, block in enumerate(self.blocks):
+        found = {}
+        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
             x = self._run(block, x, block_time, layouts[i % len(layouts)], context)
-        return self.final_layer(x, final_time, rows).reshape(len(x_t), -1).to(x_t.dtype)  # (..., D) -> (L, P)
+            if i in blocks:
+                found[i] = x
+        return [found[i] for i in blocks], final_time, rows
 
     def embed_time(self, t: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor, Tensor | None]:
         """What blocks and final layer take as time, and the row of each token (None if samples of one length have one row each)."""

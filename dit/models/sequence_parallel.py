@@ -5,6 +5,7 @@ divided by their number, has gradients whose sum over the ranks is that of the l
 """
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -75,13 +76,23 @@ class SequenceParallelDiT(SpatioTemporalDiT):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """x_t (L, P), t (R,) -> (L, P), as `SpatioTemporalDiT` answers."""
-        shares = Shares.even(len(x_t))
-        if 0 in shares.lengths:
-            raise UserError(f"a pack of {len(x_t)} tokens cannot be shared by engine.sequence_parallel={len(shares.lengths)} ranks")
-        part = PartConditioning.of(cond, shares)
-        return shares.gather(super().forward(x_t[shares.own], t if cond.rows is not None else t[part.samples], part))
+        part = _part_of(len(x_t), cond)
+        return part.shares.gather(super().forward(x_t[part.shares.own], t if cond.rows is not None else t[part.samples], part))
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
+        """(L, D) after each of `blocks`, as those of `SpatioTemporalDiT`."""
+        part = _part_of(len(x_t), cond)
+        own = super().features(x_t[part.shares.own], t if cond.rows is not None else t[part.samples], part, blocks)
+        return [part.shares.gather(x) for x in own]
 
     def layouts(self, cond: Conditioning) -> tuple[AttentionLayout, ...]:
         """Segmentations of the whole pack, whose tokens lie on several ranks."""
         assert isinstance(cond, PartConditioning), type(cond)
         return tuple(replace(layout, shares=cond.shares) for layout in super().layouts(cond.whole))
+
+
+def _part_of(tokens: int, cond: Conditioning) -> PartConditioning:
+    shares = Shares.even(tokens)
+    if 0 in shares.lengths:
+        raise UserError(f"a pack of {tokens} tokens cannot be shared by engine.sequence_parallel={len(shares.lengths)} ranks")
+    return PartConditioning.of(cond, shares)

@@ -73,7 +73,7 @@ def main(width: int, frames: int) -> None:
     for name, options in METHODS.items():
         method = TypeAdapter(MethodConfig).validate_python({"guidance": {"s": 3.0}, **options})
         guided = ClassifierFreeGuidance(teacher, null, method.guidance.scale, None)
-        objective = build_distillation(method, guided, None, weights if method.name == "moment_matching" else ())
+        objective = build_distillation(method, guided, None, weights=weights if method.name == "moment_matching" else ())
         multiple = float(step_calls(method).forward_passes)
         if isinstance(method, _Derived) and method.derivative == "forward":
             multiple += attention / (plain + attention)  # the third of three

@@ -99,3 +99,27 @@ def test_distilling_validating_and_drawing_with_two_processes_to_a_pack(forks: F
         losses = zip(alone[step]["held_out"]["losses"], shared[step]["held_out"]["losses"], strict=True)
         assert all(b == pytest.approx(a, rel=1e-4) for a, b in losses)  # squares of differences
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "engine"),
+    [(2, {"zero_stage": 2}), (4, {"sequence_parallel": 2, "zero_stage": 3, "whole_below": 100})],
+    ids=["ranks", "shared"],
+)
+def test_a_student_with_a_critic_is_the_same_on_more_processes(
+    forks: Forks, tmp_path: Path, teacher: Path, ranks: int, engine: dict[str, int]
+) -> None:
+    """The student's gradient goes through critic and heads, which are sharded, and of which every rank sees a part of the tokens."""
+    heads = {"blocks": [0, 1], "weight": 0.5, "critic_weight": 0.5}
+    critic = {"steps": 1, "optimizer": {"lr": 1e-3}, "heads": heads}
+    method = {"name": "distribution_matching", "guidance": {"s": 2.0}, "student_steps": 2, "critic": critic}
+    lines = []
+    for name, count, sharding in (("alone", 1, {}), ("spread", ranks, engine)):
+        config = distill_config(tmp_path / f"{name}.yaml", teacher, method=method, engine=sharding)
+        forks.run("distill", str(config), ranks=count).ok()
+        lines.append(metrics(tmp_path / name))
+    alone, spread = lines
+    assert [line["network"] for line in spread] == ["critic", "student"] * 3
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in spread] == pytest.approx([line[key] for line in alone], rel=10 * FLOAT32_SUMS)

@@ -79,6 +79,12 @@ def test_training_under_torchrun(tmp_path: Path, latents: Path) -> None:
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+WITH_CRITIC = {
+    "name": "distribution_matching",
+    "guidance": {"s": 2.0},
+    "student_steps": 2,
+    "critic": {"steps": 2, "optimizer": {"lr": 2e-3, "betas": [0.5, 0.9]}, "heads": {"blocks": [0, 1], "critic_weight": 1.0}},
+}
 PREVIEW = {"prompts": ["a large red disc", "a small blue cross"], "size": [9, 32, 32], "every_steps": 4}
 DIAGNOSIS = {"noises": 2, "steps": [1], "teacher_steps": 4, "share": 9}
 
@@ -90,10 +96,13 @@ METHODS: dict[str, dict[str, object]] = {
     "continuous_consistency": {"name": "continuous_consistency"},
     "progressive": {"name": "progressive"},
     "moment_matching": {"name": "moment_matching"},
+    "critic": WITH_CRITIC,
 }
-CASES = [(1, 1, "mean_flow"), (2, 1, "consistency"), (2, 3, "consistency")]
+CASES = [(1, 1, "mean_flow"), (2, 1, "consistency"), (2, 3, "consistency"), (2, 3, "critic")]
 SLOW_CASES = [
-    pytest.param(2, 2 if name == "moment_matching" else 3, name, marks=pytest.mark.slow) for name in METHODS if name != "consistency"
+    pytest.param(2, 2 if name == "moment_matching" else 3, name, marks=pytest.mark.slow)
+    for name in METHODS
+    if name not in ("consistency", "critic")
 ]
 
 

@@ -15,7 +15,7 @@ from dit.config.distillation import ConsistencyConfig
 from dit.config.objective import Guidance
 from dit.diffusion import RECTIFIED_FLOW
 from dit.diffusion.ground_truth import pack_of_points
-from dit.distill import check_teacher, with_fixed_teacher
+from dit.distill import check_critic, check_teacher, with_fixed_teacher
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import guide
 from dit.runs import Encoders, TrainedRun
@@ -103,3 +103,26 @@ def test_guidance_is_baked_in_and_captions_are_never_dropped() -> None:
     assert float(losses.per_sample[inside].abs().max()) < 1e-10
     torch.testing.assert_close(losses.per_sample[~inside], torch.full((int((~inside).sum()),), 0.25))  # half of the gap of 1, squared
     assert build_student_sampling(config).guidance.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "said"),
+    [
+        ({"name": "distribution_matching", "critic": {}}, {"name": "variational"}, "schedule that runs/teacher has learned"),
+        ({"name": "adversarial", "critic": {"blocks": [0]}}, {"name": "ddpm"}, "rectified flow, and runs/teacher is on vp"),
+        ({"name": "adversarial", "critic": {"blocks": [0, 1]}}, {}, "heads on block 1, but the teacher's blocks are 0 to 0"),
+        ({"name": "adversarial", "critic": {"blocks": [0]}}, {}, None),
+        ({"name": "distribution_matching", "critic": {}}, {"name": "ddpm"}, None),
+        ({"name": "consistency"}, {"name": "variational"}, None),
+    ],
+)
+def test_a_critic_that_cannot_be_made_of_the_teacher_is_refused(
+    method: dict[str, object], objective: dict[str, object], said: str | None
+) -> None:
+    critic = method.get("critic")
+    method = method | {"guidance": {"s": 2.0}} | ({"critic": {"optimizer": {"lr": 1.0}, **critic}} if isinstance(critic, dict) else {})
+    values = {"out": "runs/student", "teacher": {"run": "runs/teacher"}, "optimizer": {"lr": 1e-3}, "train": {"samples": 8}}
+    run = DistillRun.model_validate({**values, "method": method})
+    base = TrainRun.model_validate(BASE.model_dump() | {"objective": objective})
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_critic(run, base)

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
+from dit.distillation import turn_of
 from dit.engine.checkpoint import load_weights
 from tests.processes import Forks, distill_config, metrics
 
@@ -58,6 +60,55 @@ def test_a_mean_flow_student_is_validated_and_hands_on_to_a_progressive_one(
     for run, steps, times in (("first", 3, "1, 0.667, 0.333"), ("second", 2, "1, 0.5"), ("first", 1, "1")):
         assert f"{tmp_path / run}: euler sampler, {steps} steps, guidance s=1 (w=0), from t = {times}\n" in said
     assert np.asarray(Image.open(tmp_path / "drawn" / "contact_sheet.png").convert("RGB")).std() > 2
+
+
+CRITICS: dict[str, dict[str, Any]] = {
+    "distribution_matching": {"critic": {"steps": 2, "heads": {"blocks": [0, 1]}}, "student_steps": 2},
+    "score_regularised": {"critic": {"steps": 1}, "student_steps": 2},
+    "adversarial": {"critic": {"blocks": [1]}, "student_steps": 2},
+}
+FIGURES = {
+    "distribution_matching": {"critic_error", "judged_data", "judged_samples", "matching_gradient", "not_finite"},
+    "score_regularised": {"critic_error", "tangent_norm", "matching_gradient", "not_finite"},
+    "adversarial": {"judged_data", "judged_samples"},
+}
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_a_student_with_a_critic_is_validated_drawn_and_handed_on(
+    forks: Forks, teacher: Path, latents: Path, tmp_path: Path, name: str
+) -> None:
+    validation = {"source": str(latents), "samples": 4, "times": [0.5], "every_steps": 3}
+    preview = {"prompts": ["a large red disc"], "size": [9, 32, 32], "every_steps": 6}
+    critic = CRITICS[name]["critic"] | {"optimizer": {"lr": 2e-3}}
+    method = {"name": name, "guidance": GUIDANCE, **CRITICS[name], "critic": critic}
+    config = distill_config(tmp_path / "student.yaml", teacher, method=method, validation=validation, preview=preview)
+    said = forks.run("distill", str(config)).ok().out
+    assert "critic loss" in said
+    lines = metrics(tmp_path / "student")
+    turns = [turn_of(step, critic.get("steps", 1)).network for step in range(6)]
+    assert [line["network"] for line in lines] == turns
+    assert FIGURES[name] <= {figure for line in lines for figure in line}
+    assert {line["lr"] for line in lines} == {1e-3, 2e-3}
+    assert [line["held_out"]["cells"]["all"]["loss"] > 0 for line in lines if "held_out" in line] == [True, True]
+    student, taught = load_weights(tmp_path / "student", None, "ema"), load_weights(teacher, None, "ema")
+    assert student.keys() == taught.keys()
+    assert any(not torch.equal(student[name], value) for name, value in taught.items())
+
+    method = {"name": "progressive", "guidance": {"s": 1.0}, "student_steps": 1}
+    forks.run("distill", str(distill_config(tmp_path / "second.yaml", tmp_path / "student", method=method))).ok()
+    values = {"contestants": [{"run": str(tmp_path / "student")}], "prompts": ["a large red disc"], "size": [9, 32, 32]}
+    (tmp_path / "sample.yaml").write_text(json.dumps(values | {"out": str(tmp_path / "drawn")}))
+    assert f"{tmp_path}/student: consistency sampler, 2 steps" in forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
+    forks.run("ckpt", "export", str(tmp_path / "student"), "--out", str(tmp_path / "exported"), "--format", "diffusers").ok()
+    assert f"gradient norm {lines[-1]['grad_norm']:.4g}"[:-1] in forks.run("replay", str(tmp_path / "student"), "6").ok().out
+
+
+def test_heads_that_cannot_see_are_refused(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    method = {"name": "adversarial", "guidance": GUIDANCE, "critic": {"blocks": [2], "optimizer": {"lr": 1e-3}}}
+    done = forks.run("distill", str(distill_config(tmp_path / "student.yaml", teacher, method=method)))
+    assert done.code == 2
+    assert "method.critic: heads on block 2, but the teacher's blocks are 0 to 1" in done.err
 
 
 def test_continuous_consistency_in_forward_mode_says_its_tangent(forks: Forks, teacher: Path, tmp_path: Path) -> None:

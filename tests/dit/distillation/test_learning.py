@@ -1,15 +1,18 @@
 """Every method brings a student near the exact flow map, and nearer than its teacher at as many steps."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from dit.diffusion import euler, heun, schedule
 from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, points
-from tests.dit.distillation.toy_students import Student, Weights, distil, draw, method, root_mean_square, teach, weights
+from tests.dit.distillation.toy_students import Student, Weights, distil, distil_in_turns, draw, method, root_mean_square, teach, weights
 
 MIXTURE = GaussianMixture(
     torch.tensor([[1.2, 0.3], [-0.8, 0.9], [-0.2, -1.2]]), torch.tensor([0.25, 0.15, 0.3]), torch.tensor([0.3, 0.3, 0.4])
 )
+FOUR_MODES = ProductMixture.standard(dimensions=2)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,33 @@ def test_a_student_learns_to_jump_where_the_teacher_walks(options: dict[str, str
         truth = heun(MIXTURE, noise, schedule(60, 1.0), cond)
         of_teacher = root_mean_square(euler(MIXTURE, noise, schedule(steps, 1.0), cond) - truth)
         assert root_mean_square(samples - truth) < factor * of_teacher
+
+
+@pytest.fixture(scope="module")
+def taught_by_four_modes() -> Weights:
+    torch.manual_seed(0)
+    return weights(teach(FOUR_MODES, Student(2, 48, 2), 150, 5e-3))
+
+
+@pytest.mark.parametrize(
+    ("options", "lr", "below"),
+    [
+        ({"name": "distribution_matching", "critic": {"steps": 3}}, 3e-3, 0.2),
+        ({"name": "score_regularised", "critic": {"steps": 1}}, 3e-3, 0.2),
+        ({"name": "adversarial", "critic": {"blocks": [0, 1]}}, 2e-3, 0.5),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_a_student_learns_the_distribution_from_a_critic(
+    options: dict[str, Any], lr: float, below: float, taught_by_four_modes: Weights
+) -> None:
+    """Wasserstein-2 to the data in one step, where the teacher's is 1.0 and that of as many real samples 0.06."""
+    student = Student(2, 48, 2)
+    student.load_state_dict(taught_by_four_modes)
+    config = method(**options | {"student_steps": 2, "critic": {"optimizer": {"lr": 1.0}} | options["critic"]})
+    distil_in_turns(config, FOUR_MODES, FOUR_MODES, student, steps=160, lrs=(lr, 5e-3), count=32)
+    for steps in (1, 2):
+        assert FOUR_MODES.distance(draw(student, config, 2, steps, count=4000)[1]) < below
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,10 @@ class OneStep(nn.Module):
 def objective(steps: int = 1) -> MomentMatching:
     teacher = Gaussian()
     made = build_distillation(
-        method(name="moment_matching", student_steps=steps), teacher, None, [Weight(p, torch.ones_like(p)) for p in teacher.parameters()]
+        method(name="moment_matching", student_steps=steps),
+        teacher,
+        None,
+        weights=[Weight(p, torch.ones_like(p)) for p in teacher.parameters()],
     )
     assert isinstance(made, MomentMatching)
     return made
@@ -83,7 +86,10 @@ def test_the_loss_is_the_product_of_the_gradients_of_two_halves() -> None:
     teacher, student = Gaussian(), OneStep(0.7, 0.2)
     metrics = [torch.tensor([2.0, 0.5]), torch.tensor(3.0)]
     made = build_distillation(
-        method(name="moment_matching", student_steps=1), teacher, None, [Weight(*pair) for pair in zip(teacher.parameters(), metrics)]
+        method(name="moment_matching", student_steps=1),
+        teacher,
+        None,
+        weights=[Weight(*pair) for pair in zip(teacher.parameters(), metrics)],
     )
     assert isinstance(made, MomentMatching)
     batch = pack_of_points(GAUSSIAN.draw(9, 1), 0)
@@ -159,7 +165,7 @@ def test_two_noisy_steps_draw_nearer_to_the_data_than_those_of_the_teacher() -> 
     config, student = method(name="moment_matching", student_steps=2), copy.deepcopy(teacher)
     fresh, before = MIXTURE.draw(4000, 99).float(), draw(teacher, config, 2, 2, count=4000)[1]
     metrics = [1 / (moment.sqrt() + 1e-8) for moment in second_moments(teacher)]
-    matching = build_distillation(config, teacher, None, [Weight(*pair) for pair in zip(teacher.parameters(), metrics)])
+    matching = build_distillation(config, teacher, None, weights=[Weight(*pair) for pair in zip(teacher.parameters(), metrics)])
     optimizer = torch.optim.Adam(student.parameters(), 3e-3)
     for step in range(100):
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 - 2 * step / 100)

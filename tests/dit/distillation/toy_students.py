@@ -1,6 +1,8 @@
 """Small students of analytic teachers, trained by the objectives of the project in seconds."""
 
-from functools import lru_cache
+import copy
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +14,15 @@ from dit.config.distillation import Method, MethodConfig
 from dit.diffusion import Denoiser, sample
 from dit.diffusion.draws import noise_tokens
 from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, points
-from dit.distillation import build_distillation, build_student_sampling
+from dit.distillation import (
+    build_distillation,
+    build_student_sampling,
+    discriminator_of,
+    objective_at,
+    student_of,
+    turn_of,
+    with_critic,
+)
 
 Truth = GaussianMixture | ProductMixture
 Weights = dict[str, Tensor]
@@ -37,12 +47,16 @@ class Student(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(blocks))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.last(self.features(x_t, t, cond, (len(self.blocks) - 1,))[0])
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Conditioning, blocks: Sequence[int]) -> list[Tensor]:
         time = self.time(features(t)) + self.jump(features(torch.zeros_like(t) if cond.jump is None else cond.jump))
-        x = self.first(x_t)
+        x, after = self.first(x_t), []
         for modulation, block in zip(self.modulations, self.blocks, strict=True):
             shift, scale = cond.per_token(modulation(time)).chunk(2, dim=1)
             x = x + block(nn.functional.layer_norm(x, x.shape[1:]) * (1 + scale) + shift)
-        return self.last(x)
+            after.append(x)
+        return [after[i] for i in blocks]
 
 
 def features(t: Tensor) -> Tensor:
@@ -94,6 +108,30 @@ def distil(config: Method, teacher: Denoiser, truth: Truth, student: Student, st
         losses.per_sample.mean().backward()
         optimizer.step()
     return student
+
+
+def distil_in_turns(
+    config: Any, teacher: Denoiser, truth: Truth, student: Student, steps: int, lrs: tuple[float, float], count: int
+) -> Student:
+    """Train student and critic as the engine does, `steps` in all. student: as the taught network, from which the critic starts too."""
+    module = with_critic(config, student, student, student.first.out_features)
+    critic, judge = partial(module, "critic"), discriminator_of(config, module, copy.deepcopy(student).requires_grad_(False))
+    method = build_distillation(config, teacher, None, critic, judge)
+    optimizers = {
+        name: torch.optim.Adam(module.get_submodule(name).parameters(), lr, betas=(0.0, 0.99))
+        for name, lr in zip(("student", "critic"), lrs, strict=True)
+    }
+    bases = dict(zip(("student", "critic"), lrs, strict=True))
+    for step in range(steps):
+        turn = turn_of(step, config.critic.steps).network
+        for name in optimizers:
+            module.get_submodule(name).requires_grad_(name == turn)
+        optimizers[turn].param_groups[0]["lr"] = bases[turn] * min(1.0, 2 - 2 * step / steps)
+        losses = objective_at(method, step)(student_of(module), pack(truth, count, step), step / steps)
+        optimizers[turn].zero_grad()
+        losses.per_sample.mean().backward()
+        optimizers[turn].step()
+    return student.requires_grad_(True)
 
 
 def draw(student: Denoiser, config: Method, channels: int, steps: int, count: int = 1000) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_regression import STEP_SAMPLES, Net, reference, run_config
+from toy_regression import STEP_SAMPLES, Net, pair_reference, reference, run_config
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[2]
@@ -64,8 +64,23 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
     """The folder where every scenario has run. Five launches, for most of the time goes into starting processes."""
     root = tmp_path_factory.mktemp("engine")
     env = compilers[2]
-    launch(root, 1, "parity", **env)
-    launch(root, 2, "parity", "elastic", "whole", "stopped", "poisoned", "spiking", "returned", "rotten", "full", **env)
+    launch(root, 1, "parity", "turns", **env)
+    launch(
+        root,
+        2,
+        "parity",
+        "turns",
+        "turns_elsewhere",
+        "elastic",
+        "whole",
+        "stopped",
+        "poisoned",
+        "spiking",
+        "returned",
+        "rotten",
+        "full",
+        **env,
+    )
     launch(root, 2, "killed", code=-signal.SIGKILL, **env)
     shutil.copytree(root / "whole", root / "damaged")
     flip_bit(root / "damaged/checkpoints/step-00000012/rank-00001-of-00002.safetensors", 7777)
@@ -74,7 +89,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
         os.truncate(checkpoint / "state.json", 10)
     said = launch(root, 2, "resurrected", "fallback", "unusable", "ruined", **env)
     (root / "said.txt").write_text(said)
-    launch(root, 1, "elastic", **env)
+    launch(root, 1, "elastic", "turns_elsewhere", **env)
     return root
 
 
@@ -151,6 +166,24 @@ def test_a_checkpoint_of_another_world_size_and_stage_goes_on(root: Path, world:
     net, ema, _ = reference(run_config("unused"), 12)
     assert_close(weights(root, f"continued-on-{world}-{stage}", "model"), {k: v.detach() for k, v in net.named_parameters()}, ULPS)
     assert_close(weights(root, f"continued-on-{world}-{stage}", "ema"), ema, ULPS)
+
+
+@pytest.fixture(scope="module")
+def plain_pair() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    pair, ema = pair_reference(run_config("unused"), 9)
+    return {k: v.detach() for k, v in pair.first.named_parameters()}, ema
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"turns-{world}-{stage}-fp32-none" for world in (1, 2) for stage in (0, 1, 2, 3)]
+    + [f"turns-moved-to-{world}-{stage}" for world in (1, 2) for stage in (0, 1, 2, 3)]
+    + ["turns-2-2-fp32-optimizer", "turns-2-3-fp32-optimizer"],
+)
+def test_networks_in_turns_equal_plain_torch(root: Path, plain_pair: tuple[dict[str, Tensor], dict[str, Tensor]], name: str) -> None:
+    """The first network depends on every step of the second."""
+    assert_close(load_weights(root / name, 9, "model"), plain_pair[0], ULPS)
+    assert_close(load_weights(root / name, 9, "ema"), plain_pair[1], ULPS)
 
 
 @pytest.mark.parametrize("which", ["model", "ema"])

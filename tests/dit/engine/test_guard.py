@@ -34,7 +34,7 @@ def test_a_spike_is_clipped_to_the_limit_and_does_not_raise_it() -> None:
     assert limit == pytest.approx(0.54 + 12 * 1.4826 * 0.02, rel=1e-6)  # median 0.54, deviations 0.04 0.02 0 0.02 0.04
     assert guard.max_norm(0.3) == 0.3
     assert guard.judge(1.0, 5000.0).action == "clip"
-    assert max(guard.norms) == limit
+    assert max(guard.norms[""]) == limit
     assert guard.max_norm(10.0) == pytest.approx(limit, rel=0.2)
 
 
@@ -44,6 +44,17 @@ def test_a_spike_is_refused(action: str, loss: float, norm: float, word: str) ->
     verdict = warm(GuardConfig.model_validate({"on_spike": action})).judge(loss, norm)
     assert (verdict.action, verdict.is_taken) == (action, False)
     assert word in verdict.reason
+
+
+def test_each_network_is_judged_by_its_own_steps() -> None:
+    guard = warm(GuardConfig(on_spike="skip"))
+    for _ in range(32):  # a thousand times larger, and usual for this network
+        assert guard.judge(1000.0, 500.0, "critic").action == "take"
+    assert guard.judge(1000.0, 500.0).action == "skip"
+    assert guard.judge(1.0, 0.5).action == "take"
+    again = Guard(guard.config)
+    again.restore(json.loads(json.dumps(guard.state())))
+    assert again.judge(1000.0, 1e6, "critic").action == "skip"
 
 
 def test_nothing_is_a_spike_before_there_is_a_usual() -> None:
@@ -76,4 +87,4 @@ def test_a_resumed_guard_judges_as_the_one_that_went_on(steps: list[tuple[float,
     found = [first.judge(*step) for step in steps[:cut]]
     second.restore(json.loads(json.dumps(first.state())))
     assert found + [second.judge(*step) for step in steps[cut:]] == expected
-    assert all(math.isfinite(value) for value in whole.losses + whole.norms)
+    assert all(math.isfinite(value) for past in (whole.losses, whole.norms) for value in past.get("", []))

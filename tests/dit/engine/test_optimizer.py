@@ -36,15 +36,19 @@ def test_only_matrices_of_layers_decay() -> None:
     assert plain["weight_decay"] == 0.0
 
 
+def group(p: nn.Parameter) -> dict[str, object]:
+    return {"params": [p], "betas": OptimizerConfig(lr=0.1).betas, "eps": 1e-8, "weight_decay": 0.5, "network": ""}
+
+
 def test_a_trial_step_leaves_no_trace_after_reset() -> None:
     torch.manual_seed(0)
     weights = nn.Parameter(torch.randn(37))
     start = weights.detach().clone()
-    optimizer = AdamWithEMA([{"params": [weights]}], OptimizerConfig(lr=0.1, weight_decay=0.5), EMAConfig(decay=0.99))
+    optimizer = AdamWithEMA([group(weights)], EMAConfig(decay=0.99), "")
     weights.grad = torch.zeros_like(weights)
-    optimizer.reset(optimizer.param_groups[0]["params"])
+    optimizer.reset(optimizer.param_groups[0]["params"], {0})
     optimizer.step()
-    optimizer.reset(optimizer.param_groups[0]["params"])
+    optimizer.reset(optimizer.param_groups[0]["params"], {0})
     state = optimizer.state[weights]
     assert torch.equal(weights, start)
     assert torch.equal(state["ema"], start)
@@ -55,10 +59,10 @@ def test_ten_steps_equal_plain_adamw_bit_for_bit() -> None:
     torch.manual_seed(0)
     start = torch.randn(1003)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    config = OptimizerConfig(lr=0.1, weight_decay=0.5)
-    optimizer = AdamWithEMA([{"params": [ours]}], config, EMAConfig(decay=0.6))
+    config = OptimizerConfig(lr=0.1)
+    optimizer = AdamWithEMA([group(ours)], EMAConfig(decay=0.6), "")
     reference = torch.optim.AdamW([theirs], lr=0.1, betas=config.betas, eps=config.eps, weight_decay=0.5, fused=True)
-    optimizer.reset(optimizer.param_groups[0]["params"])
+    optimizer.reset(optimizer.param_groups[0]["params"], {0})
     optimizer.set_lr(0.1)
     average = start.double()
     for k in range(1, 11):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import FitRun
+from dit.config.engine import OptimizerConfig
 from dit.engine.optimizer import average, ema_betas, lr_at, parameter_groups
+from dit.engine.turns import Turns
 from dit.runtime.losses import Losses
 
 PACK_SIZES = (3, 5, 1, 7)
@@ -83,13 +85,17 @@ def stream(rank: int, world: int, start: int = 0) -> Iterator[Step]:
         step += 1
 
 
+def target_of(pack: Pack) -> Tensor:
+    """A fixed function of the input."""
+    return torch.stack([pack.x.sum(1), pack.x[:, 0].sin(), pack.x[:, 1:3].prod(1)], dim=1)  # (n, 3)
+
+
 def losses_of(net: nn.Module, pack: Pack) -> Losses:
     """Squared error to a fixed function of the input."""
-    target = torch.stack([pack.x.sum(1), pack.x[:, 0].sin(), pack.x[:, 1:3].prod(1)], dim=1)  # (n, 3)
     answer = net(pack.x)
     if pack.breaks_gradient:
         answer = answer + (0 * answer).sqrt()
-    return Losses((answer - target).square().mean(1) * pack.weights, torch.linspace(0, 1, len(pack.x)))
+    return Losses((answer - target_of(pack)).square().mean(1) * pack.weights, torch.linspace(0, 1, len(pack.x)))
 
 
 def run_config(out: str, **changes: Any) -> FitRun:
@@ -128,3 +134,53 @@ def reference(run: FitRun, steps: int) -> tuple[Net, dict[str, Tensor], list[flo
         for name, p in net.named_parameters():
             average(ema[name], p.detach(), ema_betas(run.ema, step + 1)["ema"])
     return net, ema, norms
+
+
+class Pair(nn.Module):
+    """Two networks that train in turns: `second` predicts what `first` answers, and `first` learns through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = new_net(), new_net(9)
+
+    def forward(self, name: str, x: Tensor) -> Tensor:
+        return getattr(self, name)(x)
+
+
+def pair_losses(pair: Pair, turn: str, pack: Pack) -> Losses:
+    """In the turn of `first` the gradient goes through `second`."""
+    answer = pair("first", pack.x)
+    through = pair("second", torch.cat([answer, pack.x[:, 3:]], dim=1))
+    error = answer - target_of(pack) + through if turn == "first" else through - answer.detach()
+    return Losses(error.square().mean(1) * pack.weights, torch.linspace(0, 1, len(pack.x)))
+
+
+def pair_turns(run: FitRun) -> Turns:
+    """`second` for two steps, then `first` for one, with optimizers that have nothing in common."""
+    other = OptimizerConfig(lr=3e-2, betas=(0.5, 0.8), eps=1e-6, weight_decay=0.1, max_grad_norm=0.5)
+    return Turns({"first": run.optimizer, "second": other}, lambda step: "first" if step % 3 == 2 else "second")
+
+
+def pair_reference(run: FitRun, steps: int) -> tuple[Pair, dict[str, Tensor]]:
+    """Plain torch: an AdamW for each network, and the average of the first."""
+    pair, turns = Pair(), pair_turns(run)
+    ema = {name: p.detach().clone() for name, p in pair.first.named_parameters()}
+    adams = {
+        name: torch.optim.AdamW(
+            parameter_groups(pair.get_submodule(name), c.weight_decay), lr=c.lr, betas=c.betas, eps=c.eps, weight_decay=0.0, foreach=False
+        )
+        for name, c in turns.optimizers.items()
+    }
+    for step in range(steps):
+        turn = turns.of_step(step)
+        pair.zero_grad()
+        losses = torch.cat([pair_losses(pair, turn, pack_of(step, number)).per_sample for number in range(len(PACK_SIZES))])
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(pair.get_submodule(turn).parameters(), turns.optimizers[turn].max_grad_norm)
+        for group in adams[turn].param_groups:
+            group["lr"] = lr_at(turns.optimizers[turn], (step + 1) * STEP_SAMPLES, run.train.samples)
+        adams[turn].step()
+        if turn == "first":
+            for name, p in pair.first.named_parameters():
+                average(ema[name], p.detach(), ema_betas(run.ema, (step + 1) // 3)["ema"])
+    return pair, ema

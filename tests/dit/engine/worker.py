@@ -26,7 +26,7 @@ from dit.engine.saver import Saver
 from dit.runtime import distributed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_regression import PACK_SIZES, STEP_SAMPLES, Pack, Step, losses_of, new_net, run_config, stream
+from toy_regression import PACK_SIZES, STEP_SAMPLES, Pack, Pair, Step, losses_of, new_net, pair_losses, pair_turns, run_config, stream
 
 ROOT = Path(sys.argv[1])
 
@@ -125,6 +125,75 @@ def take_and_average(engine: Engine, steps: int) -> list[float]:
             is_exact = all(torch.equal(p, expected[kind][key]) for key, p in weights_of(module).items())
         assert is_exact or engine.run.engine.precision == "bf16", f"the averages {kind} are not those of the weights"
     return norms
+
+
+def turns() -> None:
+    """Two networks in turns, at all stages: the one that is not in turn keeps every bit of what it has."""
+    modes = [(stage, precision, "none") for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
+    modes += [(2, "fp32", "optimizer"), (3, "fp32", "optimizer")] if distributed.world_size() == 2 else []
+    for stage, precision, offload in modes:
+        name = f"turns-{distributed.world_size()}-{stage}-{precision}-{offload}"
+        engine = new_pair(ROOT / name, zero_stage=stage, precision=precision, offload=offload)
+        first, second = (sum(p.numel() for p in net.parameters()) for net in (new_net(), new_net(9)))
+        held = sum(view.nbytes for f in engine.owned() for view in f.views.values())
+        averages = len(ema_kinds(engine.run.ema))
+        assert int(distributed.all_reduce_sum(torch.tensor(held))) == 4 * ((3 + averages) * first + 3 * second)
+        for _ in range(7):
+            take_turn(engine)
+        save(engine, ROOT / name)
+        for _ in range(2):
+            take_turn(engine)
+        save(engine, ROOT / name)
+
+
+def turns_elsewhere() -> None:
+    """The checkpoint of step 7 of another stage and world size goes on for two steps."""
+    world = distributed.world_size()
+    for stage in (0, 1, 2, 3):
+        engine = new_pair(ROOT / f"turns-{3 - world}-{3 - stage}-fp32-none", zero_stage=stage)
+        checkpoint.resume(engine, Path(engine.run.out), before=9)
+        assert (engine.step, engine.taken) == (7, {"first": 2, "second": 5})
+        for _ in range(2):
+            take_turn(engine)
+        save(engine, ROOT / f"turns-moved-to-{world}-{stage}")
+        if world == 2:
+            poisoned_turn(zero_stage=stage, precision="fp32")
+            poisoned_turn(zero_stage=stage, precision="bf16")
+    if world == 2:
+        poisoned_turn(zero_stage=3, offload="optimizer")
+
+
+def poisoned_turn(**options: object) -> None:
+    """A step of no number is dropped, and leaves nothing that the next step, of the other network, meets."""
+    engine = new_pair(ROOT / "unused", **options)
+    take_turn(engine)
+    take_turn(engine, poison=True)
+    assert engine.taken == {"first": 0, "second": 1}
+    take_turn(engine)
+    assert engine.taken == {"first": 1, "second": 1}
+
+
+def new_pair(folder: Path, **engine: object) -> Engine:
+    run = run_config(str(folder), engine=engine)
+    return Engine(Pair(), run, len(PACK_SIZES) // distributed.world_size(), pair_turns(run))
+
+
+def take_turn(engine: Engine, poison: bool = False) -> None:
+    """One step, which changes everything that the network in turn has, and nothing of the other."""
+    turn = engine.turn
+    before = {(f.name, f.start, kind): view.clone() for f in engine.fragments() for kind, view in f.views.items()}
+    batch = next(steps_from(engine.step))
+    for pack in batch.packs:
+        factor = float("nan") if poison and distributed.rank() == 0 else 1.0
+        engine.backward(factor * pair_losses(engine.module, turn, pack).per_sample.sum(), batch.samples)
+    outcome = engine.optimizer_step(1.0)
+    assert outcome.network == turn
+    assert poison != (0 < outcome.grad_norm < 100), outcome
+    for f in engine.fragments():
+        assert ("ema" in f.views) == f.name.startswith("first."), f
+        for kind, view in f.views.items():
+            moved = not torch.equal(view, before[f.name, f.start, kind])
+            assert moved == (f.name.startswith(f"{turn}.") and not poison), f"{f.name} {kind} in the turn of {turn}"
 
 
 def elastic() -> None:

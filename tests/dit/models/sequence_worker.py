@@ -48,7 +48,7 @@ def network(options: SpatioTemporalDiTConfig, dtype: torch.dtype = torch.float64
 def derivatives(model: SpatioTemporalDiT, x: Tensor, t: Tensor, cond: Conditioning) -> dict[str, Tensor]:
     """The answer, its gradients to weights and inputs, and with jumps its derivative along the inputs."""
     x, t = x.clone().requires_grad_(), t.clone().requires_grad_()
-    answer = model(x, t, cond)
+    answer = torch.cat([model(x, t, cond), *model.features(x, t, cond, (1, 0))], dim=1)
     target = torch.linspace(-1, 1, answer.numel(), dtype=answer.dtype).view_as(answer)
     loss = (answer - target).square().sum() / distributed.sequence_parallel()
     leaves = {**dict(model.named_parameters()), "x": x, "t": t}

@@ -69,6 +69,24 @@ def test_a_new_block_is_the_identity_and_the_new_model_predicts_zero(options):
     assert seen[0][0].std() > 0.1  # and not because the stream is empty
 
 
+@pytest.mark.parametrize("grids", [MIXED, UNIFORM], ids=["mixed", "uniform"])
+def test_features_are_the_tokens_behind_blocks_and_later_blocks_are_not_called(grids):
+    model = backbone()
+    x, t, cond = pack(grids)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output.reshape(len(x), -1)))
+    model(x, t, cond)
+    inside = seen.copy()
+    seen.clear()
+    last, first = model.features(x, t, cond, (1, 0))
+    close(first, inside[0])
+    close(last, inside[1])
+    seen.clear()
+    model.features(x, t, cond, (0,))
+    assert len(seen) == 1 < len(inside)
+
+
 @VARIANTS
 @pytest.mark.parametrize("grids", [MIXED, UNIFORM], ids=["mixed", "uniform"])
 def test_every_parameter_has_a_gradient(grids, options):

@@ -1,0 +1,104 @@
+"""Judged by heads: a student whose noised samples cannot be told from noised data."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipelines.packed import Conditioning, PackedLatents
+from dit.config.distillation import AdversarialConfig, HeadsConfig
+from dit.config.objective import ShiftConfig
+from dit.diffusion import times
+from dit.diffusion.denoiser import Denoiser
+from dit.diffusion.draws import noise_tokens
+from dit.diffusion.objectives import noised
+from dit.diffusion.paths import on_tokens
+from dit.distillation.flow import Objective, Walk
+from dit.distillation.networks import Discriminator, turn_of
+from dit.runtime.losses import Losses
+
+
+class Adversarial:
+    """Hinge losses on the frozen teacher's tokens, nothing else (Sauer et al. 2024, arXiv:2403.12015, section 3).
+
+    The student denoises data from a level of its own sampler, drawn by key; at t = 1 that is generation from noise.
+    """
+
+    def __init__(self, config: AdversarialConfig, teacher: Denoiser, judge: Discriminator, token_shift: ShiftConfig | None) -> None:
+        self.config, self.teacher, self.judge, self.token_shift = config, teacher, judge, token_shift
+
+    def at(self, step: int) -> Objective:
+        """The objective of step number `step`."""
+        return self.student_losses if turn_of(step, self.config.critic.steps).network == "student" else self.critic_losses
+
+    def student_losses(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
+        """How much the heads take samples for samples. Calls the student once."""
+        made, t = self._made(student, batch)
+        said = judged(self.judge, made, batch, self.config.critic, self.token_shift, "noise of samples")
+        return Losses(-batch.cond.per_sample(said) * batch.weights, t)
+
+    def critic_losses(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
+        """How badly the heads tell samples, and data under other captions, from data. Calls the student once, without gradient."""
+        with torch.no_grad():
+            made, t = self._made(student, batch)
+        config, cond = self.config.critic, batch.cond
+        judge = partial(judged, self.judge, batch=batch, config=config, token_shift=self.token_shift)
+        of_data, of_samples = judge(batch.tokens, purpose="noise of data"), judge(made, purpose="noise of samples")
+        loss = cond.per_sample(F.relu(1 - of_data)) + cond.per_sample(F.relu(1 + of_samples))
+        if config.mismatched:
+            wrong, others = under_other_captions(cond)
+            of_wrong = judge(batch.tokens, purpose="noise of data", batch=replace(batch, cond=wrong))
+            loss = loss + others * cond.per_sample(F.relu(1 + of_wrong))
+        if config.smoothness:
+            nearby = judge(batch.tokens, purpose="noise of data", step=config.smoothness_step)
+            loss = loss + config.smoothness * cond.per_sample((nearby - of_data).square()) / config.smoothness_step**2
+        figures = {"judged_data": cond.per_sample(of_data.detach()), "judged_samples": cond.per_sample(of_samples.detach())}
+        return Losses(
+            loss * batch.weights, t, {name: figure.masked_fill(batch.weights == 0, torch.nan) for name, figure in figures.items()}
+        )
+
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
+        return Walk.fine(t, torch.zeros_like(t))
+
+    def _made(self, student: Denoiser, batch: PackedLatents) -> tuple[Tensor, Tensor]:
+        """What the student makes of data at a level of its sampler, (L, P), and the levels, (n,)."""
+        steps, k = self.config.student_steps, times.shifts(batch.cond.lengths, self.token_shift)
+        level = 1 - (times.uniforms(batch.keys, None) * steps).floor() / steps
+        x_t, _, t = noised(batch, times.shift(level, k))
+        return x_t - on_tokens(t, batch.cond, x_t) * student(x_t, t, batch.cond.over(t)).float(), t
+
+
+def judged(
+    judge: Discriminator,
+    tokens: Tensor,
+    batch: PackedLatents,
+    config: HeadsConfig,
+    token_shift: ShiftConfig | None,
+    purpose: str,
+    step: float = 0.0,
+) -> Tensor:
+    """Logits (L, heads) of `tokens` (L, P), in place of those of `batch`, noised to levels drawn by key.
+
+    purpose: of the noise. step: size of a random step away from the noised tokens.
+    """
+    u = times.from_uniform(config.times, times.uniforms(batch.keys, None, "judged time"))
+    t = times.shift(u, times.shifts(batch.cond.lengths, token_shift)).to(tokens)
+    noise = noise_tokens(batch.keys, batch.cond.lengths, tokens.shape[1], purpose).to(tokens)
+    x_t = times.RECTIFIED_FLOW.interpolate(tokens, noise, t, batch.cond)
+    if step:
+        x_t = x_t + step * noise_tokens(batch.keys, batch.cond.lengths, tokens.shape[1], purpose, "step").to(tokens)
+    return judge(x_t.to(tokens), t, batch.cond)
+
+
+def under_other_captions(cond: Conditioning) -> tuple[Conditioning, Tensor]:
+    """Every sample under the text and class of the one before it in the pack, and 1 where these are others, (n,)."""
+    texts = cond.text.split(cond.text_lengths)
+    before = [*texts[-1:], *texts[:-1]]
+    labels = None if cond.labels is None else cond.labels.roll(1)
+    differs = [a.shape != b.shape or not torch.equal(a, b) for a, b in zip(texts, before, strict=True)]
+    others = torch.tensor(differs, device=cond.text.device)
+    if labels is not None:
+        others = others | (labels != cond.labels)
+    return cond.with_text(before, labels), others.float()
