@@ -158,6 +158,7 @@ def energy(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_noisy_steps_draw_nearer_to_the_data_than_those_of_the_teacher() -> None:
     """Within a tenth of its energy distance; 100 updates gave 0.008 against 0.183."""
     torch.manual_seed(0)
