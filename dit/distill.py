@@ -27,6 +27,7 @@ from dit.distillation import (
     student_backbone,
     student_of,
     takes_guidance,
+    teacher_engine,
     teacher_gap,
     turn_of,
     with_critic,
@@ -104,11 +105,7 @@ def compose(
         module = with_critic(run.method, student, teacher, config.hidden_size)
     if run.engine.compile:
         compile_blocks(network)
-    if isinstance(run.method, MomentMatchingConfig):  # differentiated by its weights: it stays whole, in fp32
-        teacher = teacher.to(distributed.device())
-    else:  # where gradients go through it to its input it stays whole too
-        is_judge = isinstance(run.method, AdversarialConfig)
-        teacher = place_frozen(teacher, run.engine.model_copy(update={"zero_stage": 0}) if is_judge else run.engine)
+    teacher = place_frozen(teacher, teacher_engine(run.method, run.engine))
     guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
     turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher)
     critic = as_flow(base, partial(module, "critic")) if turns else None

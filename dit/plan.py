@@ -14,7 +14,7 @@ from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import DistributionMatchingConfig, ScoreRegularisedConfig
 from dit.config.encoders import DiffusersVAEConfig, EncodersConfig, HFTextConfig
 from dit.diffusion import equip
-from dit.distillation import step_calls, student_backbone
+from dit.distillation import step_calls, student_backbone, teacher_engine
 from dit.encoders import build_latent_codec, build_text_encoder
 from dit.encoders.base import causal_latent_size
 from dit.engine.frozen import frozen_bytes
@@ -129,7 +129,7 @@ def _memory_table(
     shares = {2**i for i in range(12) if packs % 2**i == 0} | {packs}  # divide the packs of a step
     for ranks in sorted(engine.sequence_parallel * share for share in shares):
         state = state_bytes(engine, run.ema, count, ranks, critic=critic)
-        frozen = frozen_bytes(engine, teacher, ranks) if teacher else 0
+        frozen = frozen_bytes(teacher_engine(run.method, engine), teacher, ranks) if teacher and isinstance(run, DistillRun) else 0
         cells = [*state[:4], frozen, kept, state.buffers, state.device + frozen + kept, state.host]
         seconds = flops / ranks / PEAK_BF16_FLOPS[DEVICE] / UTILISATION
         times = f"{seconds:.3g} s | {time_left(seconds * steps)}"

@@ -30,7 +30,7 @@ from dit.distillation.mean_flow import MeanFlow
 from dit.distillation.moment_matching import MomentMatching, Weight
 from dit.distillation.networks import Discriminator, discriminator_of, heads_of, student_of, turn_of, with_critic
 from dit.distillation.progressive import Progressive
-from dit.distillation.traits import step_calls, traits_of
+from dit.distillation.traits import step_calls, teacher_engine, traits_of
 
 
 def build_distillation(
@@ -123,6 +123,7 @@ __all__ = [
     "student_backbone",
     "student_of",
     "takes_guidance",
+    "teacher_engine",
     "teacher_gap",
     "traits_of",
     "turn_of",

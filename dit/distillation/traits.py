@@ -13,6 +13,7 @@ from dit.config.distillation import (
     ProgressiveConfig,
     ScoreRegularisedConfig,
 )
+from dit.config.engine import EngineConfig
 
 
 class Calls(NamedTuple):
@@ -71,6 +72,17 @@ def step_calls(config: Method) -> Calls:
             return Calls(1 / (1 + steps), steps / (1 + steps), (3 + steps * seen) / (1 + steps))
         case _:
             assert_never(config)
+
+
+def teacher_engine(config: Method, engine: EngineConfig) -> EngineConfig:
+    """How the teacher lies on the ranks of `engine`: as its student does, but whole where gradients go through it."""
+    match config:
+        case AdversarialConfig():
+            return engine.model_copy(update={"zero_stage": 0})
+        case MomentMatchingConfig():  # differentiated by its weights
+            return engine.model_copy(update={"zero_stage": 0, "precision": "fp32"})
+        case _:
+            return engine
 
 
 def traits_of(config: Method) -> Traits:
