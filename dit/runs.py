@@ -161,7 +161,7 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     if run.train.checkpoint_store:
         distributed.on_first(lambda: _bring_from_store(run))
     if resolved.is_file() and durable.published(folder / "checkpoints"):
-        _refuse_another_run(load_run(type(run), str(resolved)), run, folder)
+        _refuse_another_run(load_run(type(run), str(resolved)), run, folder, "out")
     distributed.barrier()  # every rank has read the old config before one writes the new
     if distributed.rank() == 0:
         for name in ("checkpoints", "samples", "tensorboard"):
@@ -183,18 +183,18 @@ def _bring_from_store(run: TrainRun | DistillRun) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             file.write(theirs)
             file.flush()
-            _refuse_another_run(load_run(type(run), file.name), run, store.address)
+            _refuse_another_run(load_run(type(run), file.name), run, store.address, "train.checkpoint_store")
     store.bring()
 
 
-def _refuse_another_run(old: Section, new: Section, folder: Path | str) -> None:
+def _refuse_another_run(old: Section, new: Section, place: Path | str, key: str) -> None:
     before, now = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     fixed = [key for key in changed if _is_of(key, FIXED_KEYS) and not _is_of(key, FREE_KEYS)]
     if fixed:
         lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
         raise UserError(
-            f"{folder} holds another run, which cannot go on under this config:\n{lines}\nGive another one, or delete that folder"
+            f"{place} holds another run, which cannot go on under this config:\n{lines}\nGive another `{key}`, or delete what is there"
         )
 
 
