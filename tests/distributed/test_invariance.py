@@ -79,6 +79,7 @@ def test_previews_under_stage_3_are_those_of_one_process(forks: Forks, tmp_path:
         assert np.abs(one - two).max() <= 1  # a rounding
 
 
+@pytest.mark.slow
 def test_distilling_validating_and_drawing_with_two_processes_to_a_pack(forks: Forks, tmp_path: Path, latents: Path, teacher: Path) -> None:
     """Student and teacher are shared, under ZeRO stage 3, where every rank holds a part of every weight and of every token."""
     extra = {

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from dit.config.engine import EMAConfig, EngineConfig
 from dit.engine.frozen import frozen_bytes
 from dit.engine.memory import state_bytes
@@ -13,6 +15,7 @@ from tests.processes import ENVIRONMENT
 PARAMETERS = 12 * (256 * 256 + 256)
 
 
+@pytest.mark.slow
 def test_what_a_rank_holds_is_as_the_formula_says(tmp_path: Path) -> None:
     worker = Path(__file__).parent / "memory_worker.py"
     launcher = [
