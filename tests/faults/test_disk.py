@@ -94,6 +94,7 @@ def test_an_error_of_the_disk(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk")
+@pytest.mark.slow
 def test_a_full_disk(forks: Forks, tmp_path: Path, latents: Path, whole: list[dict[str, object]]) -> None:
     full = tmp_path / "full"
     full.mkdir()

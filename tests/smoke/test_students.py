@@ -74,7 +74,9 @@ FIGURES = {
 }
 
 
-@pytest.mark.parametrize("name", CRITICS)
+@pytest.mark.parametrize(
+    "name", [name if name == "distribution_matching" else pytest.param(name, marks=pytest.mark.slow) for name in CRITICS]
+)
 def test_a_student_with_a_critic_is_validated_drawn_and_handed_on(
     forks: Forks, teacher: Path, latents: Path, tmp_path: Path, name: str
 ) -> None:

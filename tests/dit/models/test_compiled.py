@@ -54,6 +54,7 @@ def test_compiled_blocks_are_the_same_blocks() -> None:
     assert 1 < graphs < 10, "three blocks should share their graphs"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_what_is_missing(tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # what was compiled before needs none
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=200, check=False)
