@@ -10,17 +10,20 @@ from torch import Tensor, nn
 from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
 from data_pipelines.loader import RawPack
-from data_pipelines.packed import PackedLatents
+from data_pipelines.packed import Grid, PackedLatents, unpatchify
+from data_pipelines.randomness import uniform
 from dit.config import DistillRun, TrainRun
-from dit.config.distillation import AdversarialConfig, DistributionMatchingConfig, MomentMatchingConfig, ScoreRegularisedConfig
+from dit.config.distillation import AdversarialConfig, MomentMatchingConfig, TeacherFeatures
 from dit.diagnosis import Diagnosis
 from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
 from dit.distillation import (
     Alternating,
     Distillation,
+    Looks,
     Weight,
     build_distillation,
     build_student_sampling,
+    critic_of,
     discriminator_of,
     heads_of,
     objective_at,
@@ -39,6 +42,7 @@ from dit.engine.engine import Engine
 from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
 from dit.engine.turns import Turns
+from dit.evaluation.features import build_layers
 from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, TrainedRun, open_for_writing
 from dit.runtime import distributed
@@ -97,17 +101,17 @@ def compose(
     """The engine with the teacher's weights, what it is trained on, and the method with its teacher. trained: the teacher's run."""
     base = trained.base
     teacher = trained.backbone(encoders, run.teacher.step, run.teacher.weights, torch.device("cpu"))
-    config = student_backbone(run.method, base.backbone)
+    config, looks = student_backbone(run.method, base.backbone), looks_of(run, base, encoders)
     with distributed.seeded(run.train.seed):
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
         student = equip(network, base.objective)
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-        module = with_critic(run.method, student, teacher, config.hidden_size)
+        module = with_critic(run.method, student, teacher, config.hidden_size, looks)
     if run.engine.compile:
         compile_blocks(network)
     teacher = place_frozen(teacher, teacher_engine(run.method, run.engine))
     guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
-    turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher)
+    turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher, looks)
     critic = as_flow(base, partial(module, "critic")) if turns else None
     weights = weights_of(run, trained, teacher)
     method = build_distillation(run.method, guided, base.objective.shift, critic, discriminator, weights)
@@ -121,7 +125,7 @@ def compose(
 
 def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list[Weight]:
     """Those of the teacher, with the second moments that Adam had of their gradients; none for methods that do not ask."""
-    if not isinstance(run.method, MomentMatchingConfig):
+    if not isinstance(run.method, MomentMatchingConfig) or run.method.critic:
         return []
     moments = load_weights(trained.path, run.teacher.step, "exp_avg_sq")
     return [Weight(value, 1 / (moments[name].to(value).sqrt() + EPSILON)) for name, value in teacher.named_parameters()]
@@ -134,10 +138,39 @@ def as_flow(base: TrainRun, network: Denoiser) -> Denoiser:
 
 def turns_of(run: DistillRun) -> Turns | None:
     """Whose turn each step is, if the method trains a critic beside the student."""
-    if not isinstance(run.method, DistributionMatchingConfig | ScoreRegularisedConfig | AdversarialConfig):
+    critic = critic_of(run.method)
+    if critic is None:
         return None
-    critic = run.method.critic
     return Turns({"student": run.optimizer, "critic": critic.optimizer}, lambda step: turn_of(step, critic.steps).network)
+
+
+def looks_of(run: DistillRun, base: TrainRun, encoders: Encoders) -> Looks | None:
+    """What heads look at where they judge pixels. Raises UserError for a network that cannot be read or has no such layers."""
+    if not isinstance(run.method, AdversarialConfig) or isinstance(run.method.critic.features, TeacherFeatures):
+        return None
+    critic, features = run.method.critic, run.method.critic.features
+    network = build_layers(features, distributed.device(), "method.critic.features")
+    with torch.no_grad():
+        widths = [layer.shape[-1] for layer in network.layers(torch.zeros(1, 1, 3, 32, 32, device=distributed.device()))]
+    if max(critic.blocks) >= len(widths):
+        raise UserError(f"method.critic.blocks: got {max(critic.blocks)}, but the layers of {features.name} are 0 to {len(widths) - 1}")
+
+    def layers(tokens: Tensor, grid: Grid, key: int) -> list[Tensor]:
+        video = encoders.latents.decode(unpatchify(tokens, grid, base.backbone.patch_size)[None])  # (1, 3, T, H, W)
+        pixels = (video.transpose(1, 2)[:, frames_of(video.shape[2], critic.frames, key)] + 1) / 2
+        found = network.layers(pixels)
+        return [found[block][0] for block in critic.blocks]
+
+    return Looks(layers, [widths[block] for block in critic.blocks], encoders.text.width, base.backbone.num_classes)
+
+
+def frames_of(count: int, wanted: int | None, key: int) -> list[int]:
+    """`wanted` of `count` frames, evenly spaced, from one that the key draws; all where there are no more."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    stride = count // wanted
+    first = int(uniform(key, "judged frame") * (count - (wanted - 1) * stride))
+    return list(range(first, first + wanted * stride, stride))
 
 
 def check_critic(run: DistillRun, base: TrainRun) -> None:

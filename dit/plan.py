@@ -11,10 +11,9 @@ from data_pipelines.config_file import load_run
 from data_pipelines.packed import Grid, check_patch
 from dit.config import DistillRun, TrainRun
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import DistributionMatchingConfig, ScoreRegularisedConfig
 from dit.config.encoders import DiffusersVAEConfig, EncodersConfig, HFTextConfig
 from dit.diffusion import equip
-from dit.distillation import step_calls, student_backbone, teacher_engine
+from dit.distillation import has_second_network, step_calls, student_backbone, teacher_engine
 from dit.encoders import build_latent_codec, build_text_encoder
 from dit.encoders.base import causal_latent_size
 from dit.engine.frozen import frozen_bytes
@@ -108,8 +107,7 @@ def _memory_table(
     steps: int,
 ) -> list[str]:
     """count, teacher: parameters. flops: of a step."""
-    has_critic = isinstance(run, DistillRun) and isinstance(run.method, DistributionMatchingConfig | ScoreRegularisedConfig)
-    critic = teacher if has_critic and teacher else 0  # a copy of the teacher
+    critic = teacher if teacher and isinstance(run, DistillRun) and has_second_network(run.method) else 0  # a copy of the teacher
     engine, mode = run.engine, backbone.activation_checkpointing
     other = "full" if mode == "none" else "none"
     kept, swapped = (

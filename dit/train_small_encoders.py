@@ -161,6 +161,7 @@ def measure_latents(codec: SmallVideoVAE, count: int = 1024) -> None:
     codec.latent_std.copy_(latents.std((0, 2, 3, 4)))
 
 
+@torch.no_grad()
 def vae_figures(codec: SmallVideoVAE, count: int = 512) -> dict[str, float]:
     """Measure reconstructions of clips never trained on, held-out combinations included."""
     figures: dict[str, float] = {}

@@ -76,12 +76,12 @@ class DistillRun(FitRun):
 
     @model_validator(mode="after")
     def _gradients_of_the_teacher_are_whole(self) -> Self:
-        engine = self.engine
-        if self.method.name == "moment_matching" and (engine.sequence_parallel > 1 or engine.zero_stage == 3 or engine.precision == "bf16"):
+        engine, by_weights = self.engine, self.method.name == "moment_matching" and self.method.critic is None
+        if by_weights and (engine.sequence_parallel > 1 or engine.zero_stage == 3 or engine.precision == "bf16"):
             raise ValueError(
                 f"method.name=moment_matching, engine.zero_stage={engine.zero_stage}, engine.sequence_parallel={engine.sequence_parallel}, "
                 f"engine.precision={engine.precision}: each rank differentiates a whole teacher by its weights; set stage 2 at most, "
-                "sequence_parallel: 1 and fp32"
+                "sequence_parallel: 1 and fp32, or train a critic (method.critic)"
             )
         return self
 

@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from data_pipelines.config import Section
 from dit.config.engine import OptimizerConfig
+from dit.config.evaluation import NetworkFeatures, RandomConvFeatures
 from dit.config.objective import Guidance, LogitNormalTimes, UniformTimes
 
 StudentTimes = Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")]
@@ -124,18 +125,28 @@ class ProgressiveConfig(_Method):
     (Meng et al. 2022, arXiv:2210.03142)."""
 
 
-class MomentMatchingConfig(_Method):
-    """A student of few noisy steps whose latents have the teacher's moments, as far as gradients of its weights tell them (Salimans et
-    al. 2024, arXiv:2406.04103, 4.2). Sampled by `ancestral` in `student_steps` steps. Wants large packs, of which it multiplies halves."""
-
-    name: Literal["moment_matching"]
-
-
-class _Critic(Section):
+class CriticConfig(Section):
     steps: PositiveInt = 5
     """Steps of the critic before each of the student. Both are steps of the run, with samples of their own."""
     optimizer: OptimizerConfig
     """The critic's own; `optimizer` is the student's."""
+
+
+class MomentCriticConfig(CriticConfig):
+    """A network that starts as the teacher and learns its answer and what the student draws, one as much as the other."""
+
+    steps: PositiveInt = 1
+    """Steps of the critic before each of the student. Both are steps of the run, with samples of their own."""
+
+
+class MomentMatchingConfig(_Method):
+    """A student of few noisy steps whose latents have the teacher's moments (Salimans et al. 2024, arXiv:2406.04103). Sampled by
+    `ancestral` in `student_steps` steps."""
+
+    name: Literal["moment_matching"]
+    critic: MomentCriticConfig | None = None
+    """Learns the mean of what the student draws, in turns with it, as far as it can tell (their 4.1). None: the moments are those that
+    gradients of the teacher's own weights tell (4.2), by products of halves of a pack, so it wants large packs."""
 
 
 class HeadsConfig(Section):
@@ -156,7 +167,7 @@ class CriticHeadsConfig(HeadsConfig):
     """Of what the heads learn from, in the critic's loss."""
 
 
-class ScoreCriticConfig(_Critic):
+class ScoreCriticConfig(CriticConfig):
     """A network that starts as the teacher, is never guided, and learns the velocity of what the student makes at the time."""
 
     times: StudentTimes = UniformTimes(name="uniform")
@@ -167,9 +178,20 @@ class ScoreCriticConfig(_Critic):
     """Also tell the student's samples from the data, by the critic's own tokens. The teacher must be on rectified flow."""
 
 
-class DiscriminatorConfig(_Critic, HeadsConfig):
-    """Heads on the tokens of the frozen teacher."""
+class TeacherFeatures(Section):
+    """Tokens of the frozen teacher, which sees noised latents and the caption: LADD."""
 
+    name: Literal["teacher"] = "teacher"
+
+
+class DiscriminatorConfig(CriticConfig, HeadsConfig):
+    """Heads on what a frozen network sees: the teacher in noised latents; or another one in the decoded clips, and then the heads are told
+    the caption or class, and `blocks` are layers of that network."""
+
+    features: Annotated[TeacherFeatures | RandomConvFeatures | NetworkFeatures, Field(discriminator="name")] = TeacherFeatures()
+    """Anything but `teacher` judges pixels: ADD, with DINOv2 as `network`. Gradients go through it and through the latent decoder."""
+    frames: PositiveInt | None = None
+    """Of a decoded clip, frames that the network sees: as many, evenly spaced, from one that the sample's key draws. None: all."""
     steps: PositiveInt = 1
     """Steps of the heads before each of the student."""
     mismatched: bool = True
@@ -178,7 +200,22 @@ class DiscriminatorConfig(_Critic, HeadsConfig):
     """Weight of |D(x + s n) - D(x)|^2 / s^2 on data, which stands for the squared gradient of the heads (R1; Lin et al. 2025,
     arXiv:2501.08316); 0 for none."""
     smoothness_step: PositiveFloat = 0.1
-    """s."""
+    """s, in latents."""
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether decoded clips are judged."""
+        return not isinstance(self.features, TeacherFeatures)
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> Self:
+        if not self.in_pixels and self.frames is not None:
+            raise ValueError(f"frames={self.frames} and features {{name: teacher}}: the teacher sees latents; leave frames out")
+        if self.in_pixels and self.times != type(self).model_fields["times"].default:
+            raise ValueError(f"times={self.times} and features {{name: {self.features.name}}}: pixels are not noised; leave times out")
+        if isinstance(self.features, NetworkFeatures) and self.features.pool != "cls":
+            raise ValueError(f"features.pool={self.features.pool}: heads see every place, so nothing is pooled; leave pool out")
+        return self
 
 
 class DistributionMatchingConfig(_Method):
@@ -200,11 +237,15 @@ class ScoreRegularisedConfig(_Continuous):
 
 
 class AdversarialConfig(_Method):
-    """Latent adversarial distillation (LADD, Sauer et al. 2024, arXiv:2403.12015). The student denoises the data from the levels of its
-    sampler; best are data that the guided teacher made. The teacher must be on rectified flow."""
+    """A student that heads cannot tell from data: latent adversarial distillation (LADD, Sauer et al. 2024, arXiv:2403.12015); with
+    `critic.features` in pixels and `distillation_weight: 2.5`, ADD (Sauer et al. 2023, arXiv:2311.17042). The student denoises the data
+    from the levels of its sampler; best are data that the guided teacher made. For `features: {name: teacher}` it must be on rectified
+    flow."""
 
     name: Literal["adversarial"]
     critic: DiscriminatorConfig
+    distillation_weight: NonNegativeFloat = 0.0
+    """Of (1 - t) |x - what the guided teacher sees in x noised to t|^2, x the student's latents; 0 is without a teacher's answer."""
 
 
 Method = (

@@ -27,10 +27,10 @@ from dit.distillation.distribution_matching import DistributionMatching, ScoreRe
 from dit.distillation.flow import Alternating, Distillation, Objective
 from dit.distillation.gap import teacher_gap
 from dit.distillation.mean_flow import MeanFlow
-from dit.distillation.moment_matching import MomentMatching, Weight
-from dit.distillation.networks import Discriminator, discriminator_of, heads_of, student_of, turn_of, with_critic
+from dit.distillation.moment_matching import AlternatingMoments, MomentMatching, Weight
+from dit.distillation.networks import Discriminator, Looks, discriminator_of, heads_of, student_of, turn_of, with_critic
 from dit.distillation.progressive import Progressive
-from dit.distillation.traits import step_calls, teacher_engine, traits_of
+from dit.distillation.traits import critic_of, has_second_network, step_calls, teacher_engine, traits_of
 
 
 def build_distillation(
@@ -65,8 +65,11 @@ def build_distillation(
             return ContinuousConsistency(config, teacher, token_shift)
         case ProgressiveConfig():
             return Progressive(config, teacher, token_shift)
-        case MomentMatchingConfig():
+        case MomentMatchingConfig(critic=None):
             return MomentMatching(config, teacher, token_shift, weights)
+        case MomentMatchingConfig():
+            assert critic is not None
+            return AlternatingMoments(config, teacher, critic, token_shift)
         case _:
             assert_never(config)
 
@@ -105,10 +108,12 @@ def takes_guidance(config: Method) -> bool:
 __all__ = [
     "Adversarial",
     "Alternating",
+    "AlternatingMoments",
     "ConsistencyDistillation",
     "ContinuousConsistency",
     "Distillation",
     "DistributionMatching",
+    "Looks",
     "MeanFlow",
     "MomentMatching",
     "Progressive",
@@ -116,7 +121,9 @@ __all__ = [
     "Weight",
     "build_distillation",
     "build_student_sampling",
+    "critic_of",
     "discriminator_of",
+    "has_second_network",
     "heads_of",
     "objective_at",
     "step_calls",

@@ -66,7 +66,7 @@ class DistributionMatching:
         lost = (~sound).float().masked_fill(batch.weights == 0, torch.nan)
         figures = {"matching_gradient": square.sqrt().masked_fill(batch.weights == 0, torch.nan), "not_finite": lost}
         if self.judge and self.config.heads:
-            said = judged(self.judge, made, batch, self.config.heads, self.token_shift, "noise of samples")
+            said = judged(self.judge, made, batch, self.config.heads.times, self.token_shift, "noise of samples")
             loss = loss + self.config.heads.weight * cond.per_sample(F.softplus(-said))
         return Losses(loss * batch.weights, t, figures)
 
@@ -79,7 +79,7 @@ class DistributionMatching:
         loss, hole = error, batch.weights == 0
         figures = {"critic_error": error.detach().masked_fill(hole, torch.nan)}
         if self.judge and (heads := self.config.heads):
-            judge = partial(judged, self.judge, batch=batch, config=heads, token_shift=self.token_shift)
+            judge = partial(judged, self.judge, batch=batch, levels=heads.times, token_shift=self.token_shift)
             of_data, of_samples = judge(batch.tokens, purpose="noise of data"), judge(made, purpose="noise of samples")
             loss = loss + heads.critic_weight * batch.cond.per_sample(F.softplus(-of_data) + F.softplus(of_samples))
             figures |= {

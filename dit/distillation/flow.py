@@ -60,6 +60,11 @@ def flow_of(flow: Literal["teacher", "data"], teacher: Denoiser, batch: PackedLa
     return teacher if flow == "teacher" else lambda x_t, t, cond: noise - batch.tokens
 
 
+def seen(network: Denoiser, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    """The latents (L, P) that a network sees in x_t (L, P) at t (n,)."""
+    return x_t - on_tokens(t, cond, x_t) * network(x_t, t, cond)[:, : x_t.shape[1]].float()
+
+
 @torch.no_grad()
 def follow(flow: Denoiser, x: Tensor, levels: Tensor, cond: Conditioning, slope: Slope) -> tuple[Tensor, Tensor]:
     """Move x (L, P) along `flow` through `levels` (steps + 1, n) float64: where it ends, (L, P), and its mean velocity, (L, P)."""

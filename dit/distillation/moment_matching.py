@@ -1,7 +1,8 @@
-"""Moment matching in parameter space: a student of few noisy steps whose samples would leave its teacher as it is, were it trained on them.
+"""Moment matching (Salimans et al. 2024, arXiv:2406.04103): a student of few noisy steps whose latents have the moments of its teacher.
 
-The student predicts the latents, a point is drawn between them and x_t, and the teacher's own loss there has a gradient by the teacher's
-weights. Its mean is zero if the student's latents have the moments of the data that the teacher knows; its squared norm is the loss.
+The student predicts the latents, and a point z is drawn between them and x_t. There the mean of the student's latents is to be what the
+teacher sees. A critic that learns this mean tells the difference, in turns with the student (4.1). Or the teacher's weights tell it
+(4.2): its own loss on the student's latents has a gradient by them, whose mean is zero for matched moments; its squared norm is the loss.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ from dit.diffusion.denoiser import Denoiser
 from dit.diffusion.draws import noise_tokens
 from dit.diffusion.objectives import noised
 from dit.diffusion.paths import on_tokens
-from dit.distillation.flow import Walk
+from dit.distillation.flow import Objective, Walk, seen
+from dit.distillation.networks import turn_of
 from dit.runtime.losses import Losses
 
 RELATIVE_STEP = 1e-3
@@ -32,6 +34,80 @@ class Weight(NamedTuple):
 
     value: Tensor
     metric: Tensor
+
+
+class Bridge(NamedTuple):
+    """Latents (L, P) that the student predicts from t (n,), with gradient, and z (L, P) between x_t and them at s (n,), without."""
+
+    latents: Tensor
+    t: Tensor
+    z: Tensor
+    s: Tensor
+
+
+def bridge(student: Denoiser, batch: PackedLatents, upper: Tensor, lower: Tensor) -> Bridge:
+    """z ~ q(x_s | x_t, latents), s = lower < t = upper, (n,) float64: as the sampler goes on, not noised afresh. Calls the student once."""
+    x_t, _, t = noised(batch, upper)
+    latents = x_t - on_tokens(t, batch.cond, x_t) * student(x_t, t, batch.cond)[:, : x_t.shape[1]].float()
+    back = posterior(times.RECTIFIED_FLOW, upper, lower)
+    noise = noise_tokens(batch.keys, batch.cond.lengths, x_t.shape[1], "bridge noise").to(x_t)
+    of_x, of_latents, std = (on_tokens(part, batch.cond, x_t) for part in (back.of_x, back.of_latents, back.small.sqrt()))
+    return Bridge(latents, t, of_x * x_t + of_latents * latents.detach() + std * noise, lower.to(t))
+
+
+def levels(batch: PackedLatents, steps: int, token_shift: ShiftConfig | None) -> tuple[Tensor, Tensor]:
+    """t, a level of a sampler of `steps` steps, and s between it and the next one, (n,) float64, drawn by key."""
+    k = times.shifts(batch.cond.lengths, token_shift)
+    upper, below = (times.uniforms(batch.keys, None, purpose) for purpose in ("time", "jump"))
+    upper = (upper * steps).ceil().clamp(min=1)
+    lower = (upper - below.clamp(min=1e-3)) / steps
+    return times.shift(upper / steps, k), times.shift(lower.clamp(min=1e-3), k)
+
+
+class AlternatingMoments:
+    """With a critic f: E|latents - f|^2 + |f_teacher - f|^2 is least halfway between the mean of the student's latents and f_teacher.
+
+    Both losses weigh 1 / s, as in parameter space: errors of latents are s times those of velocities, so that what the student is told of
+    its velocity has one size at all levels. f_teacher is guided in both, or f would not meet it where the moments match.
+    """
+
+    def __init__(self, config: MomentMatchingConfig, teacher: Denoiser, critic: Denoiser, token_shift: ShiftConfig | None) -> None:
+        assert config.critic is not None
+        self.config, self.steps = config, config.critic.steps
+        self.teacher, self.critic, self.token_shift = teacher, critic, token_shift
+
+    def at(self, step: int) -> Objective:
+        """The objective of step number `step`."""
+        return self.student_losses if turn_of(step, self.steps).network == "student" else self.critic_losses
+
+    def student_losses(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
+        """A loss with the gradient (f_critic - f_teacher) / s in the latents. Its value is half of the square of that gradient.
+
+        Calls the student once.
+        """
+        latents, t, z, s = self._bridge(student, batch)
+        cond = batch.cond
+        with torch.no_grad():
+            gradient = (seen(self.critic, z, s, cond) - seen(self.teacher, z, s, cond)) / on_tokens(s, cond, z)
+        square = cond.per_sample(gradient.square())
+        loss = cond.per_sample(gradient * (latents - latents.detach())) + square / 2
+        return Losses(loss * batch.weights, t, {"matching_gradient": square.sqrt().masked_fill(batch.weights == 0, torch.nan)})
+
+    def critic_losses(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
+        """Squared errors of what the critic sees, to the student's latents and to the teacher's. Calls the student without gradient."""
+        with torch.no_grad():
+            latents, _, z, s = self._bridge(student, batch)
+            known = seen(self.teacher, z, s, batch.cond)
+        found = seen(self.critic, z, s, batch.cond)
+        of_student, of_teacher = (batch.cond.per_sample((target - found).square()) / s for target in (latents, known))
+        figures = {"critic_error": of_student.detach().masked_fill(batch.weights == 0, torch.nan)}
+        return Losses((of_student + of_teacher) * batch.weights, s, figures)
+
+    def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
+        return Walk.fine(t, torch.zeros_like(t))
+
+    def _bridge(self, student: Denoiser, batch: PackedLatents) -> Bridge:
+        return bridge(student, batch, *levels(batch, self.config.student_steps, self.token_shift))
 
 
 class Points(NamedTuple):
@@ -63,11 +139,8 @@ class MomentMatching:
         2 (latents - prediction) * (change of the prediction along the other half's gradient); errors weigh 1 / s, so that what the student
         is told of its velocity has one size at all levels.
         """
-        upper, lower = self._levels(batch)
-        x_t, _, t = noised(batch, upper)
-        latents = x_t - on_tokens(t, batch.cond, x_t) * student(x_t, t, batch.cond)[:, : x_t.shape[1]].float()
-        z = self._between(x_t, latents.detach(), upper, lower, batch)
-        halves = self._halves(z, lower.to(t), latents.detach(), batch)
+        latents, t, z, s = bridge(student, batch, *levels(batch, self.config.student_steps, self.token_shift))
+        halves = self._halves(z, s, latents.detach(), batch)
         gradients = [self._gradient(half) for half in halves]
         found = [self._change(half, other) for half, other in zip(halves, reversed(gradients))]
         prediction, change = (torch.cat(parts) for parts in zip(*found))
@@ -75,21 +148,6 @@ class MomentMatching:
 
     def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
         return Walk.fine(t, torch.zeros_like(t))
-
-    def _levels(self, batch: PackedLatents) -> tuple[Tensor, Tensor]:
-        """t, a level of the sampler, and s between it and the next one, (n,) float64."""
-        k = times.shifts(batch.cond.lengths, self.token_shift)
-        upper, below = (times.uniforms(batch.keys, None, purpose) for purpose in ("time", "jump"))
-        upper = (upper * self.config.student_steps).ceil().clamp(min=1)
-        lower = (upper - below.clamp(min=1e-3)) / self.config.student_steps
-        return times.shift(upper / self.config.student_steps, k), times.shift(lower.clamp(min=1e-3), k)
-
-    def _between(self, x_t: Tensor, latents: Tensor, t: Tensor, s: Tensor, batch: PackedLatents) -> Tensor:
-        """x_s ~ q(x_s | x_t, latents), (L, P): as the sampler goes on, not freshly noised."""
-        back = posterior(times.RECTIFIED_FLOW, t, s)
-        noise = noise_tokens(batch.keys, batch.cond.lengths, x_t.shape[1], "bridge noise").to(x_t)
-        of_x, of_latents, std = (on_tokens(part, batch.cond, x_t) for part in (back.of_x, back.of_latents, back.small.sqrt()))
-        return of_x * x_t + of_latents * latents + std * noise
 
     def _halves(self, z: Tensor, s: Tensor, latents: Tensor, batch: PackedLatents) -> list[Points]:
         cond, count = batch.cond, len(batch.keys)
@@ -133,6 +191,4 @@ class MomentMatching:
                 value.data = data
 
     def _predicted(self, half: Points) -> Tensor:
-        """The latents (L, P) that the teacher sees from z."""
-        velocity = self.teacher(half.z, half.s, half.cond)[:, : half.z.shape[1]].float()
-        return half.z - on_tokens(half.s, half.cond, half.z) * velocity
+        return seen(self.teacher, half.z, half.s, half.cond)

@@ -6,7 +6,9 @@ from dit.config.distillation import (
     AdversarialConfig,
     ConsistencyConfig,
     ContinuousConsistencyConfig,
+    CriticConfig,
     DistributionMatchingConfig,
+    HeadsConfig,
     MeanFlowConfig,
     Method,
     MomentMatchingConfig,
@@ -57,8 +59,10 @@ def step_calls(config: Method) -> Calls:
             return Calls(1, 2, guided if config.flow == "teacher" else 0)
         case ProgressiveConfig():
             return Calls(1, 0, config.teacher_steps * guided)
-        case MomentMatchingConfig():  # once with its gradient, twice for a difference
+        case MomentMatchingConfig(critic=None):  # once with its gradient, twice for a difference
             return Calls(1, 0, 5 * guided)
+        case MomentMatchingConfig():  # in either turn one network learns and the other is asked
+            return Calls(1, 1, guided)
         case DistributionMatchingConfig() | ScoreRegularisedConfig():
             steps, heads = config.critic.steps, 0 if config.critic.heads is None else 3
             student = Calls(1, 1 + (config.student_steps - 1) / 2 + heads, guided)
@@ -68,18 +72,34 @@ def step_calls(config: Method) -> Calls:
             return Calls(*((own + steps * other) / (1 + steps) for own, other in zip(student, critic, strict=True)))
         case AdversarialConfig():  # heads see the tokens of the teacher's first blocks, counted as the whole; through them goes a gradient
             steps = config.critic.steps
-            seen = 2 + config.critic.mismatched + bool(config.critic.smoothness)
-            return Calls(1 / (1 + steps), steps / (1 + steps), (3 + steps * seen) / (1 + steps))
+            seen = 0 if config.critic.in_pixels else 3 + steps * (2 + config.critic.mismatched + bool(config.critic.smoothness))
+            asked = guided if config.distillation_weight else 0
+            return Calls(1 / (1 + steps), steps / (1 + steps), (asked + seen) / (1 + steps))
         case _:
             assert_never(config)
+
+
+def critic_of(config: Method) -> CriticConfig | None:
+    """What trains in turns with the student, if anything does."""
+    match config:
+        case DistributionMatchingConfig() | ScoreRegularisedConfig() | AdversarialConfig() | MomentMatchingConfig():
+            return config.critic
+        case _:
+            return None
+
+
+def has_second_network(config: Method) -> bool:
+    """Whether its critic is a network as large as the teacher, not heads alone."""
+    critic = critic_of(config)
+    return critic is not None and not isinstance(critic, HeadsConfig)
 
 
 def teacher_engine(config: Method, engine: EngineConfig) -> EngineConfig:
     """How the teacher lies on the ranks of `engine`: as its student does, but whole where gradients go through it."""
     match config:
-        case AdversarialConfig():
+        case AdversarialConfig() if not config.critic.in_pixels:
             return engine.model_copy(update={"zero_stage": 0})
-        case MomentMatchingConfig():  # differentiated by its weights
+        case MomentMatchingConfig(critic=None):  # differentiated by its weights
             return engine.model_copy(update={"zero_stage": 0, "precision": "fp32"})
         case _:
             return engine

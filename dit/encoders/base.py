@@ -58,7 +58,7 @@ class LatentCodec(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode (B, C, t, h, w) to (B, 3, T, H, W) float32, clamped to [-1, 1]."""
+        """Decode (B, C, t, h, w) to (B, 3, T, H, W) float32, clamped to [-1, 1]; with gradient by the latents, if they have one."""
 
 
 def frozen(module: Module) -> Module:

@@ -80,7 +80,6 @@ class SmallVideoVAE(nn.Module):
         _check_video(video)
         return (self.raw_encode(video) - _per_channel(self.latent_mean)) / _per_channel(self.latent_std)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode normalised latents (B, C, t, h, w) to (B, 3, T, H, W), clamped to [-1, 1]."""
         if latents.ndim != 5 or latents.shape[1] != self.channels:

@@ -104,7 +104,6 @@ class DiffusersVAE(nn.Module):
         latents = (mean.float() - self.mean) / self.std
         return latents if self.config.posterior == "mean" else torch.cat([latents, deviation.float() / self.std], 1)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         raw = latents.to(self.mean) * self.std + self.mean
         raw = raw.to(self.model.dtype)

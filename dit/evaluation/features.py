@@ -1,6 +1,7 @@
 """Clips to feature vectors: random convolutions, any vision or video network of transformers, recovered attributes.
 
-Letters: N clips, T frames, H rows, W columns, S places, D features. Videos are (N, T, H, W, 3) uint8. Knows nothing of diffusion.
+Letters: N clips, T frames, H rows, W columns, S places, D features. Videos are (N, T, H, W, 3) uint8, pixels (N, T, 3, H, W) float32 in
+[0, 1]. Knows nothing of diffusion.
 """
 
 import hashlib
@@ -40,13 +41,18 @@ class Features(Protocol):
 
 def build_features(config: RandomConvFeatures | NetworkFeatures | AttributeFeatures, device: torch.device) -> Features:
     """The features that `config` names, computed on `device`."""
+    return RecoveredAttributes() if isinstance(config, AttributeFeatures) else build_layers(config, device)
+
+
+def build_layers(
+    config: RandomConvFeatures | NetworkFeatures, device: torch.device, key: str = "metrics.features"
+) -> "RandomConv | Network":
+    """The frozen network of these features. key: where `config` stands, for errors."""
     match config:
-        case AttributeFeatures():
-            return RecoveredAttributes()
         case RandomConvFeatures():
             return RandomConv(config.seed, device)
         case NetworkFeatures():
-            return Network(config, device)
+            return Network(config, device, key)
         case _:
             assert_never(config)
 
@@ -86,7 +92,11 @@ class RandomConv:
 
     @torch.no_grad()
     def maps(self, videos: Tensor) -> list[Tensor]:
-        hidden = (as_float(videos.to(self.weights[0].device)) * 2 - 1).transpose(1, 2)  # (N, 3, T, H, W)
+        return self.layers(as_float(videos.to(self.weights[0].device)))
+
+    def layers(self, pixels: Tensor) -> list[Tensor]:
+        """`maps` of pixels, with their gradient."""
+        hidden = (pixels * 2 - 1).transpose(1, 2)  # (N, 3, T, H, W)
         layers = []
         for weight, stride in zip(self.weights, ((1, 2, 2), (2, 2, 2)), strict=True):
             hidden = F.conv3d(hidden, weight, stride=stride, padding=1).relu()  # (N, 64, t, h, w)
@@ -108,18 +118,22 @@ class Network:
     preprocessor_config.json says. Raises UserError if the folder does not hold such a model.
     """
 
-    def __init__(self, config: NetworkFeatures, device: torch.device) -> None:
+    def __init__(self, config: NetworkFeatures, device: torch.device, key: str = "metrics.features") -> None:
         self.config, self.device = config, device
-        self.model, self.prepare = load_vision(config.path, "AutoModel", "metrics.features.path", device)
+        self.model, self.prepare = load_vision(config.path, "AutoModel", f"{key}.path", device)
         self.model = getattr(self.model, "vision_model", self.model)
         settings: Any = self.model.config
         self.frames: int | None = getattr(settings, "num_frames", None)
 
     @torch.no_grad()
     def maps(self, videos: Tensor) -> list[Tensor]:
-        batches = [self._hidden(part) for part in self._inputs(videos).split(self.config.batch_size)]
+        return self.layers(videos)
+
+    def layers(self, clips: Tensor) -> list[Tensor]:
+        """`maps` of videos, or of pixels with their gradient."""
+        batches = [self._hidden(part) for part in self._inputs(clips).split(self.config.batch_size)]
         layers = [torch.cat(layer) for layer in zip(*batches, strict=True)]  # (N T, S, D), of a video model (N, S, D)
-        return [layer.unflatten(0, (len(videos), -1)).flatten(1, 2) for layer in layers]
+        return [layer.unflatten(0, (len(clips), -1)).flatten(1, 2) for layer in layers]
 
     @torch.no_grad()
     def __call__(self, videos: Tensor) -> Tensor:
@@ -132,13 +146,15 @@ class Network:
         facts = {"weights": weights_of(self.config.path), "pool": self.config.pool, "frames": frames}
         return {"name": "network", **facts, **self.prepare.protocol()}
 
-    def _inputs(self, videos: Tensor) -> Tensor:
+    def _inputs(self, clips: Tensor) -> Tensor:
         if self.frames is None:
-            return videos.flatten(0, 1)  # (N T, H, W, 3)
-        return videos[:, torch.linspace(0, videos.shape[1] - 1, self.frames).round().long()]
+            return clips.flatten(0, 1)  # (N T, H, W, 3)
+        return clips[:, torch.linspace(0, clips.shape[1] - 1, self.frames).round().long()]
 
     def _hidden(self, inputs: Tensor) -> list[Tensor]:
-        result = self.model(pixel_values=self.prepare(inputs.to(self.device)), output_hidden_states=True)
+        inputs = inputs.to(self.device)
+        pixels = as_float(inputs) if inputs.dtype == torch.uint8 else inputs
+        result = self.model(pixel_values=self.prepare(pixels), output_hidden_states=True)
         layers = [*result.hidden_states[1:-1], result.last_hidden_state]
         return [layer.flatten(2).transpose(1, 2) if layer.ndim == 4 else layer for layer in layers]
 
@@ -165,7 +181,7 @@ class ClipScore:
         ids = {name: tokens[name] for name in ("input_ids", "attention_mask")}
         text = F.normalize(self.model.text_projection(self.model.text_model(**ids).pooler_output), dim=-1)  # (N, D)
         parts = videos.flatten(0, 1).split(self.config.batch_size)
-        seen = [self.model.vision_model(pixel_values=self.prepare(part.to(self.device))).pooler_output for part in parts]
+        seen = [self.model.vision_model(pixel_values=self.prepare(as_float(part.to(self.device)))).pooler_output for part in parts]
         frames = F.normalize(self.model.visual_projection(torch.cat(seen)), dim=-1).unflatten(0, videos.shape[:2])  # (N, T, D)
         return 100 * torch.einsum("ntd,nd->nt", frames, text).clamp(min=0).mean(1)
 
@@ -174,17 +190,17 @@ class ClipScore:
 
 
 class Prepare:
-    """Frames (..., H, W, 3) uint8 to a network's input (..., 3, side, side)."""
+    """Pixels (..., 3, H, W) to a network's input (..., 3, side, side)."""
 
     def __init__(self, side: int, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
         self.side, self.facts = side, {"mean": list(mean), "std": list(std)}
         self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
 
-    def __call__(self, frames: Tensor) -> Tensor:
-        pixels = frames.flatten(0, -4).movedim(-1, 1).float() / 255  # (M, 3, H, W)
-        if pixels.shape[2:] != (self.side, self.side):
-            pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
-        return ((pixels - self.mean) / self.std).unflatten(0, frames.shape[:-3])
+    def __call__(self, pixels: Tensor) -> Tensor:
+        frames = pixels.flatten(0, -4)  # (M, 3, H, W)
+        if frames.shape[2:] != (self.side, self.side):
+            frames = F.interpolate(frames, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        return ((frames - self.mean) / self.std).unflatten(0, pixels.shape[:-3])
 
     def protocol(self) -> Facts:
         return {"resize": f"whole frame to {self.side} x {self.side}, antialiased bicubic", **self.facts}

@@ -12,9 +12,9 @@ PSNR_CAP = 100.0
 
 
 def as_float(videos: Tensor) -> Tensor:
-    """(N, T, H, W, 3) uint8 -> (N, T, 3, H, W) float32 in [0, 1]."""
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [0, 1]."""
     assert videos.dtype == torch.uint8, videos.dtype
-    return videos.permute(0, 1, 4, 2, 3).float() / 255
+    return videos.movedim(-1, -3).float() / 255
 
 
 def psnr(videos: Tensor, others: Tensor) -> Tensor:

@@ -140,13 +140,13 @@ def test_samples_are_made_at_the_levels_of_the_sampler_and_the_last_step_alone_l
     assert [learns for _, learns in calls] == [False] * 3
 
 
-def linear(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def linear(x_t: Tensor, t: Tensor, batch: PackedLatents) -> Tensor:
     """Two heads that like x to the right."""
     return torch.stack([x_t[:, 0], 3 * x_t[:, 0]], dim=1)
 
 
 def constant(value: float) -> Discriminator:
-    return lambda x_t, t, cond: torch.full((len(x_t), 2), value)
+    return lambda x_t, t, batch: torch.full((len(x_t), 2), value)
 
 
 def test_heads_of_a_critic_tell_samples_from_data() -> None:
@@ -205,7 +205,8 @@ def test_data_under_another_caption_are_to_be_told_apart() -> None:
     assert under_other_captions(captions([1.0]))[1].tolist() == [0]
     assert under_other_captions(captions([1.0], [4]))[1].tolist() == [0]
 
-    def reads(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def reads(x_t: Tensor, t: Tensor, batch: PackedLatents) -> Tensor:
+        cond = batch.cond
         return cond.per_token(torch.stack([part.mean() for part in cond.text.split(cond.text_lengths)]))[:, None]
 
     latents, cond = DATA.draw(3, 1), captions([0.1, 0.2, 0.4])

@@ -13,6 +13,7 @@ from dit.config import DistillRun
 from dit.diffusion.ground_truth import GaussianMixture, pack_of_points, points
 from dit.diffusion.objectives import noised
 from dit.distillation import MomentMatching, Weight, build_distillation, build_student_sampling
+from dit.distillation.moment_matching import bridge, levels
 from tests.dit.distillation.toy_students import Student, draw, method, pack, some, teach
 
 GAUSSIAN = GaussianMixture(torch.tensor([[0.5, -0.2]]), torch.tensor([0.3]), torch.tensor([1.0]))
@@ -95,11 +96,8 @@ def test_the_loss_is_the_product_of_the_gradients_of_two_halves() -> None:
     batch = pack_of_points(GAUSSIAN.draw(9, 1), 0)
     batch = replace(batch, weights=torch.tensor([1.0, 1, 0, 1, 1, 1, 1, 1, 1]))
     losses = made(student, batch, 0.0)
-    upper, lower = made._levels(batch)
-    x_t = noised(batch, upper)[0]
-    latents = (student.mean + student.spread * x_t).detach()
-    z = made._between(x_t, latents, upper, lower, batch)
-    s = lower.float()
+    latents, _, z, s = (part.detach() for part in bridge(student, batch, *levels(batch, 1, None)))
+    torch.testing.assert_close(latents, (student.mean + student.spread * noised(batch, torch.ones(9))[0]).detach())
     errors = (latents - (z - s[:, None] * teacher(z, s, batch.cond))).square().mean(1) / s * batch.weights
     first, second = (
         torch.autograd.grad(part.sum() / count, [*teacher.parameters()], retain_graph=True)

@@ -90,7 +90,7 @@ def test_frames_are_resized_whole_like_pillow_does(tmp_path: Path, videos: Tenso
     network = Network(
         NetworkFeatures(name="network", path=str(save(tmp_path, Dinov2Model(Dinov2Config(**SMALL, image_size=16, patch_size=8))))), CPU
     )
-    seen = network.prepare(videos[0]) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    seen = network.prepare(as_float(videos[0])) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     pillow = [np.asarray(Image.fromarray(frame.numpy()).resize((16, 16), Image.Resampling.BICUBIC)) / 255 for frame in videos[0]]
     np.testing.assert_allclose(seen.permute(0, 2, 3, 1).numpy(), np.stack(pillow), atol=1.5 / 255)  # pillow rounds to bytes, twice
 
