@@ -245,7 +245,8 @@ class AdversarialConfig(_Method):
     name: Literal["adversarial"]
     critic: DiscriminatorConfig
     distillation_weight: NonNegativeFloat = 0.0
-    """Of (1 - t) |x - what the guided teacher sees in x noised to t|^2, x the student's latents; 0 is without a teacher's answer."""
+    """Of (1 - t) |x - what the guided teacher sees in x noised to t|^2, x the student's latents, beside the heads' sum as published;
+    all of it is divided by their number. 0: no teacher's answer. It draws samples to the modes: too much of it makes them alike."""
 
 
 Method = (

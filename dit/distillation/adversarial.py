@@ -40,7 +40,7 @@ class Adversarial:
         loss, figures = -batch.cond.per_sample(self.judged(made, batch, purpose="noise of samples")), {}
         if self.config.distillation_weight:
             distance = self._distance(made, batch)
-            loss = loss + self.config.distillation_weight * distance
+            loss = loss + self.config.distillation_weight / len(self.config.critic.blocks) * distance
             figures = {"teacher_distance": distance.detach().masked_fill(batch.weights == 0, torch.nan)}
         return Losses(loss * batch.weights, t, figures)
 

@@ -1,5 +1,6 @@
 """Methods with a critic: whose turn it is, and gradients against closed forms of scores that are known."""
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -8,12 +9,23 @@ from torch import Tensor
 
 from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
 from dit.config.objective import TokenShift
-from dit.diffusion import Denoiser, schedule
+from dit.diffusion import Denoiser, schedule, times
+from dit.diffusion.draws import noise_tokens
 from dit.diffusion.ground_truth import GaussianMixture, pack_of_points
-from dit.distillation import Adversarial, DistributionMatching, build_distillation, objective_at, step_calls, turn_of
+from dit.distillation import (
+    Adversarial,
+    DistributionMatching,
+    build_distillation,
+    discriminator_of,
+    objective_at,
+    step_calls,
+    student_of,
+    turn_of,
+    with_critic,
+)
 from dit.distillation.adversarial import under_other_captions
 from dit.distillation.networks import Discriminator
-from tests.dit.distillation.toy_students import method
+from tests.dit.distillation.toy_students import Student, method, random_looks
 
 DATA = GaussianMixture(torch.tensor([[0.5, -0.2]]), torch.tensor([0.3]), torch.tensor([1.0]))
 ELSEWHERE = GaussianMixture(torch.tensor([[0.9, -0.2]]), torch.tensor([0.4]), torch.tensor([1.0]))
@@ -215,10 +227,96 @@ def test_data_under_another_caption_are_to_be_told_apart() -> None:
     torch.testing.assert_close(told - plain, 1 + torch.tensor([0.4, 0.1, 0.2]))
 
 
-@pytest.mark.parametrize("name", ["distribution_matching", "score_regularised"])
-def test_a_round_of_turns_costs_what_is_said(name: str) -> None:
-    options = {"derivative": "difference"} if name == "score_regularised" else {}  # the closed form has no rules of dual numbers
-    config = method(name=name, critic={"optimizer": {"lr": 1.0}, "steps": 2}, student_steps=3, guidance={"s": 3.0}, **options)
+IN_PIXELS = {"features": {"name": "random_conv"}, "blocks": [0, 1]}
+
+
+def test_samples_in_pixels_are_led_by_heads_and_by_the_teacher() -> None:
+    """The gradient of ADD in the samples, by its equations in float64: -mean_k D_k + (2.5 / 2 heads) (1 - t) |x - f_teacher(x_t)|^2."""
+    config = method(name="adversarial", critic={"optimizer": {"lr": 1.0}, **IN_PIXELS}, distillation_weight=2.5)
+    cond = pack_conditioning([(1, 3, 1), (2, 2, 2), (1, 1, 1)], [torch.randn(1 + i % 2, 4) for i in range(3)])
+    batch = PackedLatents(DATA.draw(12, 1).float(), cond, (4, 5, 6), ("a", "b", "c"), torch.tensor([1.0, 1, 0]))
+    looks, push = random_looks(), torch.zeros(12, 2, requires_grad=True)
+    torch.manual_seed(0)
+    module = with_critic(config, Student(2, 8, 1), Student(2, 8, 1), 8, looks)
+    judge = discriminator_of(config, module, module, looks)
+    made: list[Tensor] = []
+
+    def student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        velocity, level = 1.5 * DATA(x_t, t, cond), cond.per_token(t)[:, None]
+        made.append((x_t - level * velocity).double())
+        return velocity - push / level
+
+    built = build_distillation(config, DATA, None, None, judge)
+    losses = objective_at(built, 1)(student, batch, 0.0)
+    (found,) = torch.autograd.grad(losses.per_sample.sum(), push, retain_graph=True)
+
+    heads, x = copy.deepcopy(module.get_submodule("critic")).double(), made[0].requires_grad_()
+    texts = torch.stack([part.mean(0) for part in cond.text.double().split(cond.text_lengths)])
+    t = times.uniforms(batch.keys, None, "distilled time")
+    level = cond.per_token(t)[:, None]
+    x_t = (1 - level) * x.detach() + level * noise_tokens(batch.keys, cond.lengths, 2, "distilled noise")
+    error = (x - (x_t - level * DATA(x_t, t, cond))).square()
+    losses64 = []
+    for i, rows in enumerate(torch.arange(12).split(cond.lengths)):
+        said = []
+        for k, places in enumerate(looks.layers(x[rows], (1, 1, 1), 0)):
+            h = heads.bodies[k](places).mean(0)
+            c = heads.caption(texts[i])[64 * k : 64 * (k + 1)]
+            said.append(heads.plain[k].weight[0] @ h + heads.plain[k].bias[0] + c @ h / 8)
+        losses64.append(-(said[0] + said[1]) / 2 + 2.5 / 2 * (1 - t[i]) * error[rows].mean())
+    (expected,) = torch.autograd.grad(losses64[0] + losses64[1], x)  # the third is a hole
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.per_sample[:2].double(), torch.stack(losses64[:2]), rtol=1e-5, atol=1e-6)
+    assert float(found[-1].abs().max()) == float(losses.per_sample.detach()[2]) == 0
+
+
+def test_each_turn_in_pixels_has_gradients_for_its_network_alone() -> None:
+    config = method(name="adversarial", critic={"optimizer": {"lr": 1.0}, **IN_PIXELS}, distillation_weight=2.5)
+    looks = random_looks()
+    module = with_critic(config, Student(2, 8, 1), Student(2, 8, 1), 8, looks)
+    built = build_distillation(config, DATA, None, None, discriminator_of(config, module, module, looks))
+    for step, turn in ((0, "critic"), (1, "student")):
+        for name in ("student", "critic"):
+            module.get_submodule(name).requires_grad_(name == turn)  # as the engine does
+        module.zero_grad()
+        objective_at(built, step)(student_of(module), batch_of(5), 0.0).per_sample.sum().backward()
+        moved = {name.split(".")[0] for name, p in module.named_parameters() if p.grad is not None and bool(p.grad.any())}
+        assert moved == {turn}
+
+
+def test_heads_in_pixels_are_told_caption_and_class_and_see_no_other_sample() -> None:
+    looks = random_looks()._replace(classes=3)
+    config = method(name="adversarial", critic={"optimizer": {"lr": 1.0}, **IN_PIXELS})
+    module = with_critic(config, Student(2, 8, 1), Student(2, 8, 1), 8, looks)
+    judge = discriminator_of(config, module, module, looks)
+    assert judge is not None
+
+    def said(texts: Sequence[float], labels: Sequence[int], latents: Tensor) -> Tensor:
+        spread = [torch.tensor([text, -text, 0.0, 1.0])[None] for text in texts]
+        cond = pack_conditioning([(1, 2, 1)] * len(texts), spread, torch.tensor(labels))
+        batch = PackedLatents(latents, cond, (1, 2)[: len(texts)], ("a", "b")[: len(texts)], torch.ones(len(texts)))
+        return judge(latents, torch.zeros(len(texts)), batch).detach()
+
+    latents = DATA.draw(4, 1).float()
+    plain, told, classed = (said((0.3, text), (0, label), latents) for text, label in ((0.5, 1), (-2.0, 1), (0.5, 2)))
+    for other in (told, classed):
+        assert torch.equal(other[:2], plain[:2])
+        assert float((other - plain)[2:].abs().min()) > 1e-4
+    torch.testing.assert_close(said((0.3,), (0,), latents[:2]), plain[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "critic", "options"),
+    [
+        ("distribution_matching", {}, {}),
+        ("score_regularised", {}, {"derivative": "difference"}),  # the closed form has no rules of dual numbers
+        ("moment_matching", {}, {}),
+        ("adversarial", IN_PIXELS, {"distillation_weight": 2.5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_round_of_turns_costs_what_is_said(name: str, critic: dict[str, object], options: dict[str, object]) -> None:
+    config = method(name=name, critic={"optimizer": {"lr": 1.0}, "steps": 2, **critic}, student_steps=3, guidance={"s": 3.0}, **options)
     calls = {"trained": 0, "plain": 0, "teacher": 0}
 
     def counting(own: str) -> Denoiser:
@@ -228,7 +326,7 @@ def test_a_round_of_turns_costs_what_is_said(name: str) -> None:
 
         return network
 
-    built = build_distillation(config, counting("teacher"), None, counting("critic"))
+    built = build_distillation(config, counting("teacher"), None, counting("critic"), constant(0.0) if critic else None)
     for step in range(9):  # three rounds, so that every number of steps is made as often
         objective_at(built, step)(counting("student"), batch_of(3), 0.0)
     said = step_calls(config)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning
 from dit.config import DistillRun
+from dit.diffusion.draws import noise_tokens
 from dit.diffusion.ground_truth import GaussianMixture, pack_of_points, points
 from dit.diffusion.objectives import noised
-from dit.distillation import MomentMatching, Weight, build_distillation, build_student_sampling
+from dit.distillation import AlternatingMoments, MomentMatching, Weight, build_distillation, build_student_sampling
 from dit.distillation.moment_matching import bridge, levels
 from tests.dit.distillation.toy_students import Student, draw, method, pack, some, teach
 
@@ -111,6 +112,56 @@ def test_the_loss_is_the_product_of_the_gradients_of_two_halves() -> None:
     assert [p.tolist() for p in teacher.parameters()] == [pytest.approx([0.5, -0.2]), pytest.approx(0.3)]
 
 
+@pytest.fixture
+def alternating() -> tuple[AlternatingMoments, Gaussian]:
+    """With a critic that is elsewhere."""
+    critic = Gaussian()
+    with torch.no_grad():
+        critic.mean[0], critic.spread[...] = 0.9, 0.5
+    config = method(name="moment_matching", student_steps=2, critic={"optimizer": {"lr": 1.0}, "steps": 2})
+    made = build_distillation(config, GAUSSIAN, None, critic)
+    assert isinstance(made, AlternatingMoments)
+    return made, critic
+
+
+def test_turns_of_a_critic_and_what_each_learns_from(alternating: tuple[AlternatingMoments, Gaussian]) -> None:
+    """Gradients by the equations of the paper's section 4.1, the bridge written out, in float64; a hole counts for nothing."""
+    made, critic = alternating
+    batch = pack_of_points(GAUSSIAN.draw(60, 1), 0)
+    batch = replace(batch, weights=torch.arange(60).ne(7).float())
+    push = torch.zeros(60, 2, requires_grad=True)
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        calls.append((x_t.double(), t.double()[:, None]))
+        return 1.5 * GAUSSIAN(x_t, t, cond) - push / t[:, None]
+
+    losses = made.at(2)(student, batch, 0.0)
+    (of_push,) = torch.autograd.grad(losses.per_sample.sum(), push, retain_graph=True)
+    assert torch.autograd.grad(losses.per_sample.sum(), [*critic.parameters()], allow_unused=True) == (None, None)
+    turns = [made.at(step)(student, batch, 0.0) for step in (0, 1)]
+    assert not any(torch.equal(turn.per_sample, losses.per_sample) for turn in turns)
+    of_critic = torch.autograd.grad(turns[0].per_sample.sum(), [*critic.parameters()], retain_graph=True)
+    assert torch.autograd.grad(turns[0].per_sample.sum(), push, allow_unused=True) == (None,)
+
+    (x_t, t), s = calls[0], levels(batch, 2, None)[1][:, None]
+    assert set(t.flatten().tolist()) == {1.0, 0.5}
+    assert bool(((t - s > 0) & (t - s <= 0.5) & (s > 0)).all())
+    latents = x_t - t * 1.5 * GAUSSIAN(x_t, t[:, 0], batch.cond)
+    ratio = (1 - t) / (1 - s)
+    spread = t**2 - ratio**2 * s**2
+    noise = noise_tokens(batch.keys, batch.cond.lengths, 2, "bridge noise").double()
+    z = ratio * s**2 / t**2 * x_t + (1 - s) * spread / t**2 * latents + (spread * s**2 / t**2).sqrt() * noise
+    exact, there = copy.deepcopy(critic).double(), batch.weights.double()[:, None]
+    by_critic, by_teacher = (z - s * network(z, s[:, 0], batch.cond) for network in (exact, GAUSSIAN))
+    expected = there * (by_critic - by_teacher) / s / 2  # the loss is the mean over two channels
+    torch.testing.assert_close(of_push.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.per_sample.double(), 2 * expected.square().sum(1).detach() / 2, rtol=1e-4, atol=1e-6)
+    errors = there * ((latents - by_critic).square() + (by_teacher - by_critic).square()) / s / 2
+    for found, wanted in zip(of_critic, torch.autograd.grad(errors.sum(), [*exact.parameters()]), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_a_pack_of_one_sample_has_no_halves() -> None:
     with pytest.raises(UserError, match=r"raise data\.token_budget"):
         objective()(OneStep(0.5, 0.3), pack_of_points(GAUSSIAN.draw(1, 1), 0), 0.0)
@@ -119,18 +170,12 @@ def test_a_pack_of_one_sample_has_no_halves() -> None:
 def test_students_are_sampled_with_noise_between_their_steps() -> None:
     sampling = build_student_sampling(method(name="moment_matching", student_steps=3))
     assert (sampling.sampler, sampling.steps, sampling.guidance.scale) == ("ancestral", 3, 1.0)
+    values = {"out": "out", "teacher": {"run": "teacher"}, "optimizer": {"lr": 1e-3}, "train": {"samples": 8}}
     for engine in ({"sequence_parallel": 2}, {"zero_stage": 3}, {"precision": "bf16"}):
+        asked = {**values, "method": {"name": "moment_matching", "guidance": {"s": 1.0}}, "engine": engine}
         with pytest.raises(ValueError, match="differentiates a whole teacher"):
-            DistillRun.model_validate(
-                {
-                    "out": "out",
-                    "teacher": {"run": "teacher"},
-                    "method": {"name": "moment_matching", "guidance": {"s": 1.0}},
-                    "optimizer": {"lr": 1e-3},
-                    "train": {"samples": 8},
-                    "engine": engine,
-                }
-            )
+            DistillRun.model_validate(asked)
+        DistillRun.model_validate({**asked, "method": {**asked["method"], "critic": {"optimizer": {"lr": 1e-3}}}})
 
 
 MIXTURE = GaussianMixture(

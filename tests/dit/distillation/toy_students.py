@@ -9,12 +9,13 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from data_pipelines.packed import Conditioning, PackedLatents, pack_conditioning
+from data_pipelines.packed import Conditioning, Grid, PackedLatents, pack_conditioning
 from dit.config.distillation import Method, MethodConfig
 from dit.diffusion import Denoiser, sample
 from dit.diffusion.draws import noise_tokens
 from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, points
 from dit.distillation import (
+    Looks,
     build_distillation,
     build_student_sampling,
     discriminator_of,
@@ -111,11 +112,18 @@ def distil(config: Method, teacher: Denoiser, truth: Truth, student: Student, st
 
 
 def distil_in_turns(
-    config: Any, teacher: Denoiser, truth: Truth, student: Student, steps: int, lrs: tuple[float, float], count: int
+    config: Any,
+    teacher: Denoiser,
+    truth: Truth,
+    student: Student,
+    steps: int,
+    lrs: tuple[float, float],
+    count: int,
+    looks: Looks | None = None,
 ) -> Student:
     """Train student and critic as the engine does, `steps` in all. student: as the taught network, from which the critic starts too."""
-    module = with_critic(config, student, student, student.first.out_features)
-    critic, judge = partial(module, "critic"), discriminator_of(config, module, copy.deepcopy(student).requires_grad_(False))
+    module = with_critic(config, student, student, student.first.out_features, looks)
+    critic, judge = partial(module, "critic"), discriminator_of(config, module, copy.deepcopy(student).requires_grad_(False), looks)
     method = build_distillation(config, teacher, None, critic, judge)
     optimizers = {
         name: torch.optim.Adam(module.get_submodule(name).parameters(), lr, betas=(0.0, 0.99))
@@ -132,6 +140,18 @@ def distil_in_turns(
         losses.per_sample.mean().backward()
         optimizers[turn].step()
     return student.requires_grad_(True)
+
+
+def random_looks(width: int = 64) -> Looks:
+    """Pixels are tokens seen through a random frozen network of two layers; every token is a place."""
+    rng = torch.Generator().manual_seed(3)
+    first, bias, second = torch.randn(2, width, generator=rng), torch.randn(width, generator=rng), torch.randn(width, width, generator=rng)
+
+    def layers(tokens: Tensor, grid: Grid, key: int) -> list[Tensor]:
+        hidden = torch.tanh(tokens @ first.to(tokens) + bias.to(tokens))
+        return [hidden, torch.tanh(hidden @ second.to(tokens) / width**0.5)]
+
+    return Looks(layers, (width, width), 4, None)
 
 
 def draw(student: Denoiser, config: Method, channels: int, steps: int, count: int = 1000) -> tuple[Tensor, Tensor]:
