@@ -97,6 +97,13 @@ METHODS: dict[str, dict[str, object]] = {
     "progressive": {"name": "progressive"},
     "moment_matching": {"name": "moment_matching"},
     "critic": WITH_CRITIC,
+    "alternating_moments": {"name": "moment_matching", "student_steps": 2, "critic": {"optimizer": {"lr": 2e-3}}},
+    "pixels": {
+        "name": "adversarial",
+        "student_steps": 2,
+        "distillation_weight": 2.5,
+        "critic": {"optimizer": {"lr": 2e-3}, "blocks": [0, 1], "features": {"name": "random_conv"}, "frames": 3},
+    },
 }
 CASES = [(1, 1, "mean_flow"), (1, 1, "critic"), (2, 1, "consistency")]
 SLOW_CASES = [

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipelines.config_file import save_resolved
+from data_pipelines.config_file import load_run, save_resolved
 from data_pipelines.errors import UserError
-from data_pipelines.packed import Conditioning
+from data_pipelines.packed import Conditioning, patchify
 from dit.config import DistillRun, TrainRun
 from dit.config.distillation import ConsistencyConfig
 from dit.config.objective import Guidance
 from dit.diffusion import RECTIFIED_FLOW
 from dit.diffusion.ground_truth import pack_of_points
-from dit.distill import check_critic, check_teacher, with_fixed_teacher
+from dit.distill import check_critic, check_teacher, frames_of, looks_of, with_fixed_teacher
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import guide
+from dit.evaluation.features import RandomConv
 from dit.runs import Encoders, TrainedRun
 
 
@@ -113,6 +114,9 @@ def test_guidance_is_baked_in_and_captions_are_never_dropped() -> None:
         ({"name": "adversarial", "critic": {"blocks": [0, 1]}}, {}, "heads on block 1, but the teacher's blocks are 0 to 0"),
         ({"name": "adversarial", "critic": {"blocks": [0]}}, {}, None),
         ({"name": "distribution_matching", "critic": {}}, {"name": "ddpm"}, None),
+        ({"name": "adversarial", "critic": {"blocks": [1], "features": {"name": "random_conv"}}}, {"name": "ddpm"}, None),
+        ({"name": "moment_matching", "critic": {}}, {"name": "variational"}, "schedule that runs/teacher has learned"),
+        ({"name": "moment_matching"}, {"name": "variational"}, None),
         ({"name": "consistency"}, {"name": "variational"}, None),
     ],
 )
@@ -126,3 +130,58 @@ def test_a_critic_that_cannot_be_made_of_the_teacher_is_refused(
     base = TrainRun.model_validate(BASE.model_dump() | {"objective": objective})
     with nullcontext() if said is None else pytest.raises(UserError, match=said):
         check_critic(run, base)
+
+
+def judging(**critic: object) -> DistillRun:
+    method = {"name": "adversarial", "guidance": {"s": 2.0}, "critic": {"optimizer": {"lr": 1.0}, "blocks": [1], **critic}}
+    values = {"out": "runs/student", "teacher": {"run": "runs/teacher"}, "optimizer": {"lr": 1e-3}, "train": {"samples": 8}}
+    return DistillRun.model_validate({**values, "method": method})
+
+
+def test_keys_without_effect_on_heads_are_refused(tmp_path: Path) -> None:
+    pixels = {"features": {"name": "random_conv"}}
+    with pytest.raises(ValueError, match="leave frames out"):
+        judging(frames=2)
+    with pytest.raises(ValueError, match="leave times out"):
+        judging(**pixels, times={"name": "uniform"})
+    with pytest.raises(ValueError, match="leave pool out"):
+        judging(features={"name": "network", "path": "dino", "pool": "mean"})
+    run = judging(**pixels, frames=2)
+    save_resolved(run, tmp_path / "config.yaml")
+    assert load_run(DistillRun, str(tmp_path / "config.yaml")) == run
+    encoders = Encoders.load(BASE.encoders, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"method\.critic\.blocks: got 2, but the layers of random_conv are 0 to 1"):
+        looks_of(judging(**pixels, blocks=[0, 2]), BASE, encoders)
+    with pytest.raises(UserError, match=r"method\.critic\.features\.path: got 'nowhere'"):
+        looks_of(judging(features={"name": "network", "path": "nowhere"}), BASE, encoders)
+
+
+def test_heads_look_at_decoded_frames_and_the_gradient_comes_back() -> None:
+    """Of clips of any size in one pack, against the clip decoded and looked at as evaluation does, and a central difference."""
+    encoders, base = Encoders.load(BASE.encoders, torch.device("cpu")), BASE
+    base = base.model_copy(update={"backbone": base.backbone.model_copy(update={"patch_size": (1, 2, 2)})})
+    looks = looks_of(judging(features={"name": "random_conv", "seed": 3}, frames=3), base, encoders)
+    assert looks is not None
+    assert (list(looks.widths), looks.text_width, looks.classes) == ([64], encoders.text.width, None)
+    for size in ((3, 8, 4), (1, 4, 4)):  # of latents
+        latents = torch.randn(8, *size, generator=torch.Generator().manual_seed(1))
+        tokens, grid = patchify(latents, (1, 2, 2)).requires_grad_(), (size[0], size[1] // 2, size[2] // 2)
+        (found,) = looks.layers(tokens, grid, 11)
+        video = encoders.latents.decode(latents[None])
+        seen = frames_of(video.shape[2], 3, 11)
+        assert len(seen) == min(3, video.shape[2])
+        pixels = (video[:, :, seen].transpose(1, 2) + 1) / 2
+        torch.testing.assert_close(found, RandomConv(3, torch.device("cpu")).layers(pixels)[1][0])
+        (gradient,) = torch.autograd.grad(found.double().square().mean(), tokens)
+        way = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            ahead, behind = (looks.layers(tokens + step * way, grid, 11)[0].double().square().mean() for step in (1e-3, -1e-3))
+        assert float((gradient * way).sum()) == pytest.approx(float(ahead - behind) / 2e-3, rel=2e-2)
+
+
+def test_frames_are_spaced_evenly_from_one_that_the_key_draws() -> None:
+    assert frames_of(5, None, 1) == frames_of(5, 5, 1) == frames_of(5, 9, 1) == [0, 1, 2, 3, 4]
+    drawn = {tuple(frames_of(9, 3, key)) for key in range(100)}
+    assert drawn == {(0, 3, 6), (1, 4, 7), (2, 5, 8)}
+    assert {tuple(frames_of(4, 3, key)) for key in range(100)} == {(0, 1, 2), (1, 2, 3)}
+    assert frames_of(9, 3, 5) == frames_of(9, 3, 5)

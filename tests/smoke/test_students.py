@@ -66,11 +66,20 @@ CRITICS: dict[str, dict[str, Any]] = {
     "distribution_matching": {"critic": {"steps": 2, "heads": {"blocks": [0, 1]}}, "student_steps": 2},
     "score_regularised": {"critic": {"steps": 1}, "student_steps": 2},
     "adversarial": {"critic": {"blocks": [1]}, "student_steps": 2},
+    "alternating moments": {"name": "moment_matching", "critic": {}, "student_steps": 2},
+    "pixels": {
+        "name": "adversarial",
+        "critic": {"blocks": [0, 1], "features": {"name": "random_conv"}, "frames": 3},
+        "distillation_weight": 2.5,
+        "student_steps": 2,
+    },
 }
 FIGURES = {
     "distribution_matching": {"critic_error", "judged_data", "judged_samples", "matching_gradient", "not_finite"},
     "score_regularised": {"critic_error", "tangent_norm", "matching_gradient", "not_finite"},
     "adversarial": {"judged_data", "judged_samples"},
+    "alternating moments": {"critic_error", "matching_gradient"},
+    "pixels": {"judged_data", "judged_samples", "teacher_distance"},
 }
 
 
@@ -97,11 +106,12 @@ def test_a_student_with_a_critic_is_validated_drawn_and_handed_on(
     assert student.keys() == taught.keys()
     assert any(not torch.equal(student[name], value) for name, value in taught.items())
 
-    method = {"name": "progressive", "guidance": {"s": 1.0}, "student_steps": 1}
-    forks.run("distill", str(distill_config(tmp_path / "second.yaml", tmp_path / "student", method=method))).ok()
+    again = {"name": "progressive", "guidance": {"s": 1.0}, "student_steps": 1}
+    forks.run("distill", str(distill_config(tmp_path / "second.yaml", tmp_path / "student", method=again))).ok()
     values = {"contestants": [{"run": str(tmp_path / "student")}], "prompts": ["a large red disc"], "size": [9, 32, 32]}
     (tmp_path / "sample.yaml").write_text(json.dumps(values | {"out": str(tmp_path / "drawn")}))
-    assert f"{tmp_path}/student: consistency sampler, 2 steps" in forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
+    sampler = "ancestral" if method["name"] == "moment_matching" else "consistency"
+    assert f"{tmp_path}/student: {sampler} sampler, 2 steps" in forks.run("sample", str(tmp_path / "sample.yaml")).ok().out
     forks.run("ckpt", "export", str(tmp_path / "student"), "--out", str(tmp_path / "exported"), "--format", "diffusers").ok()
     assert f"gradient norm {lines[-1]['grad_norm']:.4g}"[:-1] in forks.run("replay", str(tmp_path / "student"), "6").ok().out
 

@@ -143,6 +143,33 @@ def test_clip_score_is_the_cosine_of_transformers(tmp_path: Path, videos: Tensor
         ClipScore(ClipScoreConfig(name="clip_score", path=str(tmp_path)), CPU)
 
 
+@pytest.mark.parametrize("kind", ["random_conv", "image", "video"])
+def test_layers_of_pixels_are_the_maps_of_videos_and_have_a_gradient(kind: str, tmp_path: Path, videos: Tensor) -> None:
+    """Along a random direction, against a central difference in the pixels, in float64: rectifiers have kinks."""
+    network: RandomConv | Network = RandomConv(0, CPU)
+    if kind != "random_conv":
+        torch.manual_seed(0)
+        sizes = {**SMALL, "image_size": 16, "patch_size": 8, "num_frames": 4, "tubelet_size": 2}
+        path = dinov2(tmp_path) if kind == "image" else save(tmp_path, VideoMAEModel(VideoMAEConfig(**sizes)))
+        network = Network(NetworkFeatures(name="network", path=str(path), batch_size=7), CPU)
+    for layer, expected in zip(network.layers(as_float(videos[:2])), network.maps(videos[:2]), strict=True):
+        assert torch.equal(layer, expected)
+    if isinstance(network, RandomConv):
+        network.weights = [weight.double() for weight in network.weights]
+    else:
+        network.model.double()
+
+    def total(pixels: Tensor) -> Tensor:
+        return torch.stack([layer.sin().mean() for layer in network.layers(pixels)]).sum()
+
+    pixels = (0.1 + 0.8 * as_float(videos[:2]).double()).requires_grad_()
+    direction = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(total(pixels), pixels)
+    with torch.no_grad():
+        ahead, behind = (total(pixels + way * direction) for way in (1e-6, -1e-6))
+    assert float((gradient * direction).sum()) == pytest.approx(float(ahead - behind) / 2e-6, rel=1e-3)
+
+
 def test_random_convolutions_are_fixed_and_depend_on_the_seed(videos: Tensor) -> None:
     first, again, other = (RandomConv(seed, CPU) for seed in (0, 0, 1))
     assert first.protocol() == again.protocol()
