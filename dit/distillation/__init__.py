@@ -6,18 +6,8 @@ A new method is a file here, a class in `dit/config/distillation.py` and a `case
 from collections.abc import Sequence
 from typing import Literal, assert_never
 
+from dit.config import distillation as methods
 from dit.config.backbone import SpatioTemporalDiTConfig
-from dit.config.distillation import (
-    AdversarialConfig,
-    ConsistencyConfig,
-    ContinuousConsistencyConfig,
-    DistributionMatchingConfig,
-    MeanFlowConfig,
-    Method,
-    MomentMatchingConfig,
-    ProgressiveConfig,
-    ScoreRegularisedConfig,
-)
 from dit.config.objective import Guidance, SamplingConfig, ShiftConfig
 from dit.diffusion import Denoiser
 from dit.distillation.adversarial import Adversarial
@@ -34,7 +24,7 @@ from dit.distillation.traits import critic_of, has_second_network, step_calls, t
 
 
 def build_distillation(
-    config: Method,
+    config: methods.Method,
     teacher: Denoiser,
     token_shift: ShiftConfig | None,
     critic: Denoiser | None = None,
@@ -47,27 +37,27 @@ def build_distillation(
     differentiate it by them.
     """
     match config:
-        case DistributionMatchingConfig():
+        case methods.DistributionMatchingConfig():
             assert critic is not None
             return DistributionMatching(config.critic, config.student_steps, teacher, critic, judge, token_shift)
-        case ScoreRegularisedConfig():
+        case methods.ScoreRegularisedConfig():
             assert critic is not None
             matching = DistributionMatching(config.critic, config.student_steps, teacher, critic, judge, token_shift)
             return ScoreRegularised(config, ContinuousConsistency(config, teacher, token_shift), matching)
-        case AdversarialConfig():
+        case methods.AdversarialConfig():
             assert judge is not None
             return Adversarial(config, teacher, judge, token_shift)
-        case ConsistencyConfig():
+        case methods.ConsistencyConfig():
             return ConsistencyDistillation(config, teacher, token_shift)
-        case MeanFlowConfig():
+        case methods.MeanFlowConfig():
             return MeanFlow(config, teacher, token_shift)
-        case ContinuousConsistencyConfig():
+        case methods.ContinuousConsistencyConfig():
             return ContinuousConsistency(config, teacher, token_shift)
-        case ProgressiveConfig():
+        case methods.ProgressiveConfig():
             return Progressive(config, teacher, token_shift)
-        case MomentMatchingConfig(critic=None):
+        case methods.MomentMatchingConfig(critic=None):
             return MomentMatching(config, teacher, token_shift, weights)
-        case MomentMatchingConfig():
+        case methods.MomentMatchingConfig():
             assert critic is not None
             return AlternatingMoments(config, teacher, critic, token_shift)
         case _:
@@ -79,30 +69,30 @@ def objective_at(method: Distillation | Alternating, step: int) -> Objective:
     return method.at(step) if isinstance(method, Alternating) else method
 
 
-def build_student_sampling(config: Method) -> SamplingConfig:
+def build_student_sampling(config: methods.Method) -> SamplingConfig:
     """How the student of a method is sampled; stored with it. Its guidance is baked in, or an input.
 
     A student that jumps to the data predicts, is noised afresh, and repeats; one that jumps from level to level takes Euler steps; one
     that predicts the data as a teacher does, ancestral ones.
     """
-    steps_down = (MeanFlowConfig, ProgressiveConfig, MomentMatchingConfig)
-    to_data = not isinstance(config, steps_down) and not (isinstance(config, ConsistencyConfig) and config.phases > 1)
+    steps_down = (methods.MeanFlowConfig, methods.ProgressiveConfig, methods.MomentMatchingConfig)
+    to_data = not isinstance(config, steps_down) and not (isinstance(config, methods.ConsistencyConfig) and config.phases > 1)
     sampler: Literal["consistency", "euler", "ancestral"] = "consistency" if to_data else "euler"
-    if isinstance(config, MomentMatchingConfig):
+    if isinstance(config, methods.MomentMatchingConfig):
         sampler = "ancestral"
     scale = config.guidance.scale if takes_guidance(config) else 1.0
     return SamplingConfig(sampler=sampler, steps=config.student_steps, guidance=Guidance(s=scale))
 
 
-def student_backbone(config: Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
+def student_backbone(config: methods.Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
     """The backbone of the student: that of its teacher, with the inputs that its method needs."""
-    inputs = {"jumps": isinstance(config, MeanFlowConfig), "guided": takes_guidance(config)}
+    inputs = {"jumps": isinstance(config, methods.MeanFlowConfig), "guided": takes_guidance(config)}
     return teacher.model_copy(update={name: True for name, needed in inputs.items() if needed})
 
 
-def takes_guidance(config: Method) -> bool:
+def takes_guidance(config: methods.Method) -> bool:
     """Whether its student is told the scale of guidance."""
-    return isinstance(config, ConsistencyConfig) and config.guidance_range is not None
+    return isinstance(config, methods.ConsistencyConfig) and config.guidance_range is not None
 
 
 __all__ = [

@@ -2,19 +2,7 @@
 
 from typing import NamedTuple, assert_never
 
-from dit.config.distillation import (
-    AdversarialConfig,
-    ConsistencyConfig,
-    ContinuousConsistencyConfig,
-    CriticConfig,
-    DistributionMatchingConfig,
-    HeadsConfig,
-    MeanFlowConfig,
-    Method,
-    MomentMatchingConfig,
-    ProgressiveConfig,
-    ScoreRegularisedConfig,
-)
+from dit.config import distillation as methods
 from dit.config.engine import EngineConfig
 
 
@@ -48,29 +36,29 @@ class Traits(NamedTuple):
     follows_flow: bool = True
 
 
-def step_calls(config: Method) -> Calls:
+def step_calls(config: methods.Method) -> Calls:
     """What a step of the method costs, whatever the size of its networks."""
     guided = 1 if config.guidance.scale == 1 else 2  # null and conditional branch
     match config:
-        case ConsistencyConfig():
+        case methods.ConsistencyConfig():
             steps = config.solver_steps * (2 if config.solver == "heun" else 1) if config.flow == "teacher" else 0
             return Calls(1, 1, steps * guided)
-        case MeanFlowConfig() | ContinuousConsistencyConfig():
+        case methods.MeanFlowConfig() | methods.ContinuousConsistencyConfig():
             return Calls(1, 2, guided if config.flow == "teacher" else 0)
-        case ProgressiveConfig():
+        case methods.ProgressiveConfig():
             return Calls(1, 0, config.teacher_steps * guided)
-        case MomentMatchingConfig(critic=None):  # once with its gradient, twice for a difference
+        case methods.MomentMatchingConfig(critic=None):  # once with its gradient, twice for a difference
             return Calls(1, 0, 5 * guided)
-        case MomentMatchingConfig():  # in either turn one network learns and the other is asked
+        case methods.MomentMatchingConfig():  # in either turn one network learns and the other is asked
             return Calls(1, 1, guided)
-        case DistributionMatchingConfig() | ScoreRegularisedConfig():
+        case methods.DistributionMatchingConfig() | methods.ScoreRegularisedConfig():
             steps, heads = config.critic.steps, 0 if config.critic.heads is None else 3
             student = Calls(1, 1 + (config.student_steps - 1) / 2 + heads, guided)
-            if isinstance(config, ScoreRegularisedConfig):
+            if isinstance(config, methods.ScoreRegularisedConfig):
                 student = Calls(2, student.plain + 2, guided + (guided if config.flow == "teacher" else 0))
             critic = Calls(1, (config.student_steps + 1) / 2 + 2 * heads, 0)
             return Calls(*((own + steps * other) / (1 + steps) for own, other in zip(student, critic, strict=True)))
-        case AdversarialConfig():  # heads see the tokens of the teacher's first blocks, counted as the whole; through them goes a gradient
+        case methods.AdversarialConfig():  # tokens of the teacher's first blocks count as the whole; through them goes a gradient
             steps = config.critic.steps
             seen = 0 if config.critic.in_pixels else 3 + steps * (2 + config.critic.mismatched + bool(config.critic.smoothness))
             asked = guided if config.distillation_weight else 0
@@ -79,46 +67,51 @@ def step_calls(config: Method) -> Calls:
             assert_never(config)
 
 
-def critic_of(config: Method) -> CriticConfig | None:
+def critic_of(config: methods.Method) -> methods.CriticConfig | None:
     """What trains in turns with the student, if anything does."""
     match config:
-        case DistributionMatchingConfig() | ScoreRegularisedConfig() | AdversarialConfig() | MomentMatchingConfig():
+        case (
+            methods.DistributionMatchingConfig()
+            | methods.ScoreRegularisedConfig()
+            | methods.AdversarialConfig()
+            | methods.MomentMatchingConfig()
+        ):
             return config.critic
         case _:
             return None
 
 
-def has_second_network(config: Method) -> bool:
+def has_second_network(config: methods.Method) -> bool:
     """Whether its critic is a network as large as the teacher, not heads alone."""
     critic = critic_of(config)
-    return critic is not None and not isinstance(critic, HeadsConfig)
+    return critic is not None and not isinstance(critic, methods.HeadsConfig)
 
 
-def teacher_engine(config: Method, engine: EngineConfig) -> EngineConfig:
+def teacher_engine(config: methods.Method, engine: EngineConfig) -> EngineConfig:
     """How the teacher lies on the ranks of `engine`: as its student does, but whole where gradients go through it."""
     match config:
-        case AdversarialConfig() if not config.critic.in_pixels:
+        case methods.AdversarialConfig() if not config.critic.in_pixels:
             return engine.model_copy(update={"zero_stage": 0})
-        case MomentMatchingConfig(critic=None):  # differentiated by its weights
+        case methods.MomentMatchingConfig(critic=None):  # differentiated by its weights
             return engine.model_copy(update={"zero_stage": 0, "precision": "fp32"})
         case _:
             return engine
 
 
-def traits_of(config: Method) -> Traits:
+def traits_of(config: methods.Method) -> Traits:
     """What the students of the method can do."""
     match config:
-        case ConsistencyConfig():
+        case methods.ConsistencyConfig():
             return Traits(any_steps=config.phases == 1)
-        case MeanFlowConfig() | ContinuousConsistencyConfig():
+        case methods.MeanFlowConfig() | methods.ContinuousConsistencyConfig():
             return Traits()
-        case ProgressiveConfig():
+        case methods.ProgressiveConfig():
             return Traits(any_steps=False, any_time=False)
-        case MomentMatchingConfig():
+        case methods.MomentMatchingConfig():
             return Traits(any_steps=False, any_time=False, follows_flow=False)
-        case ScoreRegularisedConfig():
+        case methods.ScoreRegularisedConfig():
             return Traits(follows_flow=False)
-        case DistributionMatchingConfig() | AdversarialConfig():
+        case methods.DistributionMatchingConfig() | methods.AdversarialConfig():
             return Traits(any_time=False, follows_flow=False)
         case _:
             assert_never(config)

@@ -1,6 +1,7 @@
 """A run is the same whatever it runs on: processes, accumulation, loader workers and ZeRO stage change no sample and no draw."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,19 +103,26 @@ def test_distilling_validating_and_drawing_with_two_processes_to_a_pack(forks: F
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # a rounding
 
 
+WITH_CRITIC: dict[str, dict[str, Any]] = {
+    "distribution_matching": {"critic": {"heads": {"blocks": [0, 1], "weight": 0.5, "critic_weight": 0.5}}},
+    "moment_matching": {"critic": {}},
+    "adversarial": {"critic": {"blocks": [0, 1], "features": {"name": "random_conv"}, "frames": 3}, "distillation_weight": 2.5},
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_CRITIC)
 @pytest.mark.parametrize(
     ("ranks", "engine"),
     [(2, {"zero_stage": 2}), (4, {"sequence_parallel": 2, "zero_stage": 3, "whole_below": 100})],
     ids=["ranks", "shared"],
 )
 def test_a_student_with_a_critic_is_the_same_on_more_processes(
-    forks: Forks, tmp_path: Path, teacher: Path, ranks: int, engine: dict[str, int]
+    forks: Forks, tmp_path: Path, teacher: Path, ranks: int, engine: dict[str, int], name: str
 ) -> None:
     """The student's gradient goes through critic and heads, which are sharded, and of which every rank sees a part of the tokens."""
-    heads = {"blocks": [0, 1], "weight": 0.5, "critic_weight": 0.5}
-    critic = {"steps": 1, "optimizer": {"lr": 1e-3}, "heads": heads}
-    method = {"name": "distribution_matching", "guidance": {"s": 2.0}, "student_steps": 2, "critic": critic}
+    critic = {"steps": 1, "optimizer": {"lr": 1e-3}, **WITH_CRITIC[name]["critic"]}
+    method = {"name": name, "guidance": {"s": 2.0}, "student_steps": 2, **WITH_CRITIC[name], "critic": critic}
     lines = []
     for name, count, sharding in (("alone", 1, {}), ("spread", ranks, engine)):
         config = distill_config(tmp_path / f"{name}.yaml", teacher, method=method, engine=sharding)

@@ -82,3 +82,23 @@ def test_activations_are_as_many_as_autograd_keeps(dtype: torch.dtype, kept: str
         blocks = [activation_bytes(plain.model_copy(update={"depth": n}), 1024, precision, mixed=len(grids) > 1) for n in (1, 2)]
         said -= blocks[1] - blocks[0]
     assert 0.85 < sum(sizes.values()) / said < 1.15
+
+
+def test_a_second_network_is_in_the_memory_and_heads_are_not() -> None:
+    """Weights, gradients and moments of one rank: 16 bytes a parameter in fp32; of the critic no average."""
+    base = TRAININGS[CONFIGS / "train" / "wan_1.3b.yaml"]
+    critic = {"optimizer": {"lr": 1e-5}}
+    rows = []
+    for method in (
+        {"name": "consistency"},
+        {"name": "moment_matching", "critic": critic},
+        {"name": "adversarial", "critic": {**critic, "blocks": [0], "features": {"name": "random_conv"}}},
+    ):
+        values = {"out": "student", "teacher": {"run": "teacher"}, "optimizer": {"lr": 1e-5}, "train": {"samples": 64}}
+        run = DistillRun.model_validate({**values, "method": {**method, "guidance": {"s": 3.0}}})
+        line = next(line for line in dry_run(run, base, base.data).splitlines() if line.startswith("| 1 |"))
+        rows.append([float(cell) for cell in line.split("|")[2:6]])
+    plain, moments, heads = rows
+    count = 1_418_996_800 / 2**30
+    assert [b - a for a, b in zip(plain, moments, strict=True)] == pytest.approx([4 * count, 4 * count, 8 * count, 0], abs=0.02)
+    assert heads == plain
