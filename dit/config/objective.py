@@ -231,7 +231,7 @@ class WholeSteps(Section):
 
     name: Literal["whole"]
     first: bool = False
-    """Count the steps between i = T and 1, both visited, as Nichol & Dhariwal 2021 do (arXiv:2102.09672, section 4); else between T and 0."""
+    """Space them between T and 1, both visited (Nichol & Dhariwal 2021, arXiv:2102.09672, section 4), instead of between T and 0."""
 
 
 StepsConfig = Annotated[ShiftedSteps | KarrasSteps | ExponentialSteps | TrainedSteps | WholeSteps, Field(discriminator="name")]
