@@ -8,7 +8,9 @@ from torch import Tensor
 
 from data_pipelines.packed import Conditioning, pack_conditioning
 from dit.config.objective import SamplingConfig
-from dit.diffusion import consistency, euler, heun, sample, schedule
+from dit.config.path import VPPath
+from dit.diffusion import ancestral, build_path, consistency, ddim, euler, heun, sample, schedule
+from dit.diffusion.chain import posterior
 from dit.diffusion.draws import noise_tokens
 from dit.diffusion.ground_truth import GaussianMixture, points
 
@@ -87,6 +89,19 @@ def test_heun_takes_two_calls_a_step_but_one_onto_the_data() -> None:
 
     heun(record, torch.randn(3, 2), schedule(3, 1.0), points(3))
     assert levels == pytest.approx([1, 2 / 3, 2 / 3, 1 / 3, 1 / 3])
+
+
+def test_ddim_with_all_its_noise_on_neighbouring_steps_is_the_ancestral_sampler() -> None:
+    path = build_path(VPPath(name="vp"))
+    truth, x, keys = replace(MIXTURE, path=path), torch.randn(20, 2, dtype=torch.float64), list(range(20))
+    for i in (1000, 500, 2):
+        times = torch.tensor([i, i - 1], dtype=torch.float64) / 1000
+        std = posterior(path, times[:1], times[1:]).small.sqrt()
+        drawn = ddim(truth, x, times, points(20), path, 1.0, keys), ancestral(truth, x, times, points(20), keys, path)
+        noises = (noise_tokens(keys, [1] * 20, 2, purpose, 1).double() for purpose in ("ddim noise", "ancestral noise"))
+        means = [one - std * noise for one, noise in zip(drawn, noises, strict=True)]
+        torch.testing.assert_close(means[0], means[1], atol=1e-10, rtol=0)
+        assert (drawn[0] - x).abs().max() > 0
 
 
 def exact_student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
