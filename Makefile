@@ -11,7 +11,7 @@ demo: $(STAMP)
 	@$(BIN)/dit demo $(DEMO)
 
 test: $(STAMP) lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow --timeout=3000
@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making the environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing pinned packages into $(VENV) (2 to 4 minutes, once)"
 	@(while sleep 15; do echo "  still installing"; done) & ticker=$$!; trap "kill $$ticker" EXIT; \
-	$(BIN)/python -m pip install $(PIP_FLAGS) --progress-bar off -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^\(Collecting .*\)/  \1/p' -e 's/^\(Installing .*\)/  \1/p' -e 's/^\(Building .*\)/  \1/p'
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-compile --progress-bar off -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^\(Collecting .*\)/  \1/p' -e 's/^\(Installing .*\)/  \1/p' -e 's/^\(Building .*\)/  \1/p'
 	@$(BIN)/python -c 'import torch, deepspeed' 2>/dev/null || { echo "the environment in $(VENV) is incomplete: run make clean and try again"; exit 1; }
 	@touch $(STAMP)
 

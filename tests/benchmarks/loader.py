@@ -4,7 +4,7 @@ Latents: every byte verified, checked and copied into a pack, against reading th
 which shuffles among as many samples, decodes the same members to the same tensors and yields as many at a time.
 Decoding: the stream of rendered clips against the same decoder in a bare loop. Resume: time to the first step at several places.
 Parts: latents, decoding, resuming, single_costs; all if none is named. Shards are written to a temporary folder (in --folder) and read
-from the page cache.
+from the page cache, latents also from the disk.
 """
 
 import argparse
@@ -109,12 +109,23 @@ def web_dataset(tars: list[Path], batch: int, shuffle: int, workers: int) -> Cal
     return lambda: [len(pack) for pack in islice(loader, len(tars) * SAMPLES // batch)]
 
 
-def measure(subjects: dict[str, Callable[[], object]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each subject in every round, taken in turn, on the clock and of this process on a processor."""
+def forget(files: list[Path]) -> None:
+    """Have the system drop its copies of the files in memory, so that whoever reads them next waits for the disk."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(
+    subjects: dict[str, Callable[[], object]], before: Callable[[], object] = lambda: None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each subject in every round, taken in turn, on the clock and of this process on a processor. before: each turn."""
     times: dict[str, list[float]] = {name: [] for name in subjects}
     worked: dict[str, list[float]] = {name: [] for name in subjects}
     for _ in range(ROUNDS):
         for name, subject in subjects.items():
+            before()
             began, used = time.perf_counter(), time.process_time()
             subject()
             times[name].append(time.perf_counter() - began)
@@ -122,9 +133,11 @@ def measure(subjects: dict[str, Callable[[], object]]) -> tuple[dict[str, list[f
     return times, worked
 
 
-def compare(subjects: dict[str, Callable[[], object]], unit: str, amount: float, samples: int) -> dict[str, list[float]]:
+def compare(
+    subjects: dict[str, Callable[[], object]], unit: str, amount: float, samples: int, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
     """`measure`, and print the medians as amounts a second, and the least processor time of this process, which other work moves less."""
-    times, worked = measure(subjects)
+    times, worked = measure(subjects, before)
     for name, seconds in times.items():
         print(f"  {name:44} {amount / statistics.median(seconds):10.1f} {unit} {1e6 * min(worked[name]) / samples:8.0f} us a sample")
     return times
@@ -160,6 +173,12 @@ def latents(folder: Path) -> None:
         ratio(times, f"stream, {workers}", "raw read", ">= 0.6")
         ratio(times, f"stream, {workers}", f"webdataset, shuffled, {workers}", ">= 3")
     ratio(times, "stream, no worker", "webdataset, in order, no worker", ">= 3")
+    print("the same from the disk: the system's copies are dropped before each turn")
+    readers = ("raw read", "stream, no worker", "stream, 1 worker", "stream, 2 workers", "webdataset, shuffled, 1 worker")
+    times = compare({name: subjects[name] for name in readers}, "MB/s", megabytes, SHARDS * SAMPLES, lambda: forget(tars))
+    for workers in ("no worker", "1 worker", "2 workers"):
+        ratio(times, f"stream, {workers}", "raw read", ">= 0.6")
+    ratio(times, "stream, 1 worker", "webdataset, shuffled, 1 worker", ">= 3")
 
 
 def decoding(folder: Path) -> None:

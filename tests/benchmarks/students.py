@@ -37,6 +37,12 @@ class Part:
     chained: bool = False
 
 
+ADVERSE = "optimizer.betas=[0.0, 0.99]"
+CRITIC_OPTIMIZER = "{lr: 1.0e-3, betas: [0.0, 0.99], warmup_samples: 320}"
+SCORE_CRITIC = f"{{steps: 3, optimizer: {CRITIC_OPTIMIZER}}}"
+HEADS = f"{{steps: 1, blocks: [1, 3], optimizer: {CRITIC_OPTIMIZER}}}"
+
+
 def progressive(steps: int, parts: int, *, chained: bool) -> Part:
     guidance = "{s: 1}" if chained else "GUIDANCE"
     method = f"{{name: progressive, guidance: {guidance}, teacher_steps: {parts}, student_steps: {steps}}}"
@@ -55,8 +61,15 @@ METHODS: dict[str, tuple[Part, ...]] = {
         *(progressive(steps, 2, chained=True) for steps in (4, 2, 1)),
     ),
     "consistency, from data": (Part("{name: consistency, guidance: {s: 1}, flow: data, stages: 4}", 1.0, STEPS),),
+    "distribution_matching": (
+        Part(f"{{name: distribution_matching, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),
+    ),
+    "score_regularised": (
+        Part(f"{{name: score_regularised, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),
+    ),
+    "adversarial": (Part(f"{{name: adversarial, guidance: GUIDANCE, critic: {HEADS}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),),
 }
-"""The parts of a method are distilled one after another."""
+"""The parts of a method are distilled one after another. Clips of a critic's steps count as those of the student's."""
 
 
 @dataclass(frozen=True)
