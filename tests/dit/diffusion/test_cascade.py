@@ -1,28 +1,22 @@
 """The upsampling stage: against the exact conditional of Gaussian data, and on procedural shapes."""
 
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
-from data_pipelines import moving_shapes
 from data_pipelines.packed import Conditioning, Grid, PackedLatents, pack_conditioning, patchify, unpack
 from dit.config.objective import RectifiedFlowConfig, SamplingConfig
 from dit.diffusion import (
     RECTIFIED_FLOW,
     Cascade,
     ClassifierFreeGuidance,
-    Objective,
     Regression,
     Upsampler,
     build_objective,
-    levels,
     lowered,
     sample,
-    vary,
 )
 
 PATCH = (1, 2, 2)
@@ -126,92 +120,3 @@ def test_guidance_asks_an_upsampler_for_both_conditions_at_once() -> None:
     guided = ClassifierFreeGuidance(up, torch.zeros(1, 4), 3.0, None)(x_t, torch.rand(3), batch.cond)
     torch.testing.assert_close(guided, x_t)
     torch.testing.assert_close(seen[0][:, 4:8], batch.tokens.repeat(2, 1))
-
-
-# --- procedural shapes --------------------------------------------------------------------------------------------
-
-SIDE, FACTOR, HEUN = (1, 4, 4), 4, SamplingConfig(sampler="heun", steps=8)
-
-
-class Local(nn.Module):
-    """A few convolutions over square pictures, told t: seconds instead of the minutes that a transformer needs to find what is near."""
-
-    def __init__(self, channels: int, patch: Grid, width: int = 32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.patch = patch
-        spread = (1, 2, 4, 2, 1)
-        self.first = nn.Conv2d(channels + 1, width, 3, padding=1)
-        self.middle = nn.ModuleList(nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation) for dilation in spread)
-        self.last = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        one = {"ph": self.patch[1], "pw": self.patch[2]}
-        square = {"n": len(t), "h": cond.grids[0][1]}
-        sizes = [one["ph"] * one["pw"] * channels for channels in (3, 3, 1)] if x.shape[1] > 3 * one["ph"] * one["pw"] else [x.shape[1]]
-        planes = [rearrange(part, "(n h w) (ph pw c) -> n c (h ph) (w pw)", **one, **square) for part in x.split(sizes, dim=1)]
-        y = torch.cat([*planes, t.view(-1, 1, 1, 1).expand_as(planes[0][:, :1])], dim=1)
-        y = F.silu(self.first(y))
-        for layer in self.middle:
-            y = y + F.silu(layer(y))
-        return rearrange(self.last(y), "n c (h ph) (w pw) -> (n h w) (ph pw c)", **one)
-
-
-def pictures(count: int, split: moving_shapes.Split) -> Tensor:
-    """First frames of clips, (count, 3, 1, 32, 32) in [-1, 1]."""
-    videos = [torch.from_numpy(moving_shapes.draw(1, i, split).video[:1]) for i in range(count)]
-    return torch.stack([video.permute(3, 0, 1, 2) / 127.5 - 1 for video in videos])
-
-
-def train(stage: Objective, network: Local, data: Tensor, steps: int) -> Local:
-    """The network after `steps` steps of 16 pictures."""
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        batch = pack(list(data[torch.randint(0, len(data), (16,))]), 16 * step, network.patch)
-        optimizer.zero_grad()
-        stage(network, batch, step / steps).per_sample.mean().backward()
-        optimizer.step()
-        decay.step()
-    return network.requires_grad_(False)
-
-
-def psnr(found: Tensor, truth: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, the mean over pictures in [-1, 1]."""
-    return float((4 / (found.clamp(-1, 1) - truth).square().flatten(1).mean(1)).log10().mean() * 10)
-
-
-def raised(network: Local, low: PackedLatents, level: float) -> Tensor:
-    levels = torch.full((len(low.keys),), level, dtype=torch.float64)
-    told = Upsampler(network, RECTIFIED_FLOW, SIDE, low.tokens, levels, low.cond, low.keys)
-    return torch.stack(unpack(sample(told, low.cond, low.keys, 48, HEUN, 1.0), low.cond, SIDE))
-
-
-@pytest.mark.slow
-def test_a_stage_adds_detail_to_shapes_and_noise_on_what_it_is_told_hides_the_errors_of_the_stage_before() -> None:
-    """Held-out shapes, 8 x 8 to 32 x 32. What the first stage draws is near a known picture, for it is drawn from one (SDEdit)."""
-    data, held_out = pictures(1024, "train"), pictures(128, "held_out")
-    shrink = nn.AvgPool3d((1, FACTOR, FACTOR))
-    truth = pack(list(held_out), 10**7, SIDE)
-    low = replace(truth, tokens=lowered(truth.tokens, truth.cond, SIDE, FACTOR))
-    stages = {most: train(Cascade(objective(), SIDE, FACTOR, most), Local(7, SIDE), data, 1000) for most in (0.3, 0.0)}
-    first = train(objective(), Local(3, (1, 1, 1)), shrink(data), 1000)
-    small = pack(list(shrink(held_out)), 0, (1, 1, 1))
-    drawn = vary(first, small.tokens, small.cond, small.keys, levels(HEUN, 1.0), HEUN, RECTIFIED_FLOW, 0.3)
-    generated = torch.stack(unpack(drawn, small.cond, (1, 1, 1)))
-    wide = F.interpolate(generated[:, :, 0], scale_factor=FACTOR, mode="bicubic")[:, :, None]
-    given = replace(low, tokens=pack(list(wide), 0, SIDE).tokens)
-    sharp = raised(stages[0.3], low, 0.0)
-    found = {
-        "bicubic": psnr(torch.stack(unpack(low.tokens, low.cond, SIDE)), held_out),
-        "raised": psnr(sharp, held_out),
-        "raised and shrunk": psnr(shrink(sharp), shrink(held_out)),
-        "first stage": psnr(generated, shrink(held_out)),
-        "first stage, bicubic": psnr(wide, held_out),
-        "first stage raised, no noise in training": psnr(raised(stages[0.0], given, 0.0), held_out),
-        **{f"first stage raised, told at {level}": psnr(raised(stages[0.3], given, level), held_out) for level in (0.0, 0.1, 0.2)},
-    }
-    print("\n".join(f"{name}: {value:.2f} dB" for name, value in found.items()))
-    assert found["raised and shrunk"] > 30
-    assert found["raised"] > found["bicubic"] + 3
-    assert found["first stage raised, told at 0.1"] > found["first stage raised, no noise in training"] + 0.3
