@@ -54,6 +54,11 @@ def room_for(planned: PlannedSample) -> int:
     return storage.room_for(_wanted(planned)) if planned.size is None else 3 * math.prod(planned.size)
 
 
+def announce(planned: PlannedSample) -> None:
+    """Say that a sample will be read soon."""
+    storage.announce(planned.shard, _wanted(planned))
+
+
 def read_sample(
     planned: PlannedSample, seconds: float | None = None, cache: ShardCache | None = None, memory: Memory | None = None
 ) -> RawSample:

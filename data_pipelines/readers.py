@@ -17,7 +17,7 @@ from data_pipelines.cache import ShardCache
 from data_pipelines.deadline import alarm, limit_memory
 from data_pipelines.parcels import Parcel, RawPack, Slots, Task
 from data_pipelines.plan import PlannedSample
-from data_pipelines.raw import Memory, RawSample, read_sample, room_for
+from data_pipelines.raw import Memory, RawSample, announce, read_sample, room_for
 from data_pipelines.workers import InOrder, WorkerLost
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,9 @@ class _Reader:
     def __call__(self, task: Task) -> Parcel:
         rooms = [0 if number in task.holes else room_for(planned) for number, planned in enumerate(task.pack)]
         starts = [0, *accumulate(-(-room // _ALIGNMENT) * _ALIGNMENT for room in rooms)]
+        for number, planned in enumerate(task.pack):
+            if self.cache is None and number not in task.holes:
+                announce(planned)
         slot, memory = self.slots.take(starts[-1])
         if not self.slots.shared:
             memory = self.slots.receive(slot)

@@ -6,7 +6,7 @@ The only module that knows where bytes live. Knows nothing of what they mean.
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -154,6 +154,20 @@ def read_into(address: str, members: Mapping[str, Member], memory: memoryview) -
             raise BadSample("checksum mismatch: the shard is damaged or was changed after it was indexed")
         found[name] = data
     return found
+
+
+def announce(address: str, members: Mapping[str, Member]) -> None:
+    """Have the disk fetch what will be read, so that it serves several requests at once; nothing for what is remote or not there."""
+    path = local_path(address)
+    if path is None or not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):  # whoever reads it will say so
+        file = os.open(path, os.O_RDONLY)
+        try:
+            for offset, length in _ranges(members):
+                os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(file)
 
 
 def _ranges(members: Mapping[str, Member]) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ from dit.distillation import (
 )
 from dit.drawing import Preview, guide
 from dit.engine import durable
-from dit.engine.checkpoint import load_weights, resume
+from dit.engine.checkpoint import load_weights, newest_valid, resume
 from dit.engine.engine import Engine
 from dit.engine.frozen import place_frozen
 from dit.engine.loop import LossesOf, fit
@@ -171,7 +171,7 @@ def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
 
 
 def with_fixed_teacher(run: DistillRun) -> DistillRun:
-    """Name the teacher's checkpoint: the one that this run began with, else the newest.
+    """Name the teacher's checkpoint: the one that this run began with, else the newest valid one. Called by all ranks.
 
     A teacher that trains on between a kill and the resume must not change what its student learns.
     """
@@ -181,5 +181,5 @@ def with_fixed_teacher(run: DistillRun) -> DistillRun:
     if begun.is_file() and durable.published(Path(run.out) / "checkpoints"):
         step = load_run(DistillRun, str(begun)).teacher.step
     else:
-        step = next(iter(durable.published(Path(run.teacher.run) / "checkpoints")), None)
+        step = newest_valid(Path(run.teacher.run) / "checkpoints", distributed.rank(), distributed.world_size())
     return run.model_copy(update={"teacher": run.teacher.model_copy(update={"step": step})})

@@ -40,7 +40,7 @@ def resume(engine: Engine, run_dir: Path, before: int | None = None) -> Position
 
     Called by all ranks. Raises NoValidCheckpoint if there are checkpoints and none is valid, UserError if it is of another model.
     """
-    step = _newest_valid(run_dir / "checkpoints", distributed.rank(), distributed.world_size(), before)
+    step = newest_valid(run_dir / "checkpoints", distributed.rank(), distributed.world_size(), before)
     if step is None:
         return None
     folder = durable.step_folder(run_dir / "checkpoints", step)
@@ -73,7 +73,7 @@ def load_weights(run_dir: Path, step: int | None, which: str) -> dict[str, Tenso
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         raise UserError(f"{root} has no {wanted}; it has {sorted(have) or 'none'}")
     if step is None:
-        step = _newest_valid(root, 0, 1)
+        step = newest_valid(root, 0, 1)
         assert step is not None
     elif bad := durable.problems(durable.step_folder(root, step)):
         raise NoValidCheckpoint(f"checkpoint {step} of {root} is damaged:\n" + "\n".join(bad))
@@ -85,6 +85,27 @@ def load_weights(run_dir: Path, step: int | None, which: str) -> dict[str, Tenso
         for name, tensor in _whole(folder, kind).items():
             total[name] = total[name].add_(tensor, alpha=weight) if name in total else tensor.mul_(weight)
     return total
+
+
+def newest_valid(root: Path, share: int, shares: int, before: int | None = None) -> int | None:
+    """Newest step in `root` whose files pass, earlier than `before`; None if there is no checkpoint. NoValidCheckpoint if all are damaged.
+
+    share, shares: rank and number of ranks that call it; each reads its share of the files, and the verdict is common.
+    """
+    reasons: list[str] = []
+    have = [step for step in durable.published(root) if before is None or step < before]
+    for step in have if shares == 1 else distributed.gather_json(have)[0]:
+        found = durable.problems(durable.step_folder(root, step), share, shares)
+        bad = found if shares == 1 else sorted({line for lines in distributed.gather_json(found) for line in lines})
+        if not bad:
+            if reasons and share == 0:
+                log.warning("FALLING BACK to checkpoint %d, newer ones are damaged:\n%s", step, "\n".join(reasons))
+            return int(step)
+        reasons += bad
+    if reasons:
+        listing = "\n".join(f"  {reason}" for reason in reasons)
+        raise NoValidCheckpoint(f"{root} has checkpoints but none is valid:\n{listing}\nGive another `out` to train from scratch")
+    return None
 
 
 def _nearest(root: Path, steps: Sequence[int], width: float) -> list[tuple[float, Path, str]]:
@@ -123,24 +144,6 @@ def _whole(folder: Path, kind: str) -> dict[str, Tensor]:
         missing = [name for name, flat in whole.items() if pieces.copy(kind, name, 0, flat) != flat.numel()]
     assert not missing, f"{folder} is valid but lacks parts of {missing}"
     return {name.removeprefix(f"{network}."): flat.view(shapes[name]) for name, flat in whole.items()}
-
-
-def _newest_valid(root: Path, share: int, shares: int, before: int | None = None) -> int | None:
-    """Newest step whose files pass; each rank reads its share of them, and the verdict is common. None if there is no checkpoint."""
-    reasons: list[str] = []
-    have = [step for step in durable.published(root) if before is None or step < before]
-    for step in have if shares == 1 else distributed.gather_json(have)[0]:
-        found = durable.problems(durable.step_folder(root, step), share, shares)
-        bad = found if shares == 1 else sorted({line for lines in distributed.gather_json(found) for line in lines})
-        if not bad:
-            if reasons and share == 0:
-                log.warning("FALLING BACK to checkpoint %d, newer ones are damaged:\n%s", step, "\n".join(reasons))
-            return int(step)
-        reasons += bad
-    if reasons:
-        listing = "\n".join(f"  {reason}" for reason in reasons)
-        raise NoValidCheckpoint(f"{root} has checkpoints but none is valid:\n{listing}\nGive another `out` to train from scratch")
-    return None
 
 
 def _fill(engine: Engine, pieces: Pieces, folder: Path) -> None:

@@ -116,6 +116,7 @@ def fit(
 
             tally = accumulate(engine, batch, losses_of, flops_of)
             totals = tally.reduce(batch.samples, batch.bad, stop.reason is not None)
+            saver.wait_copied()  # of the step before, which this one is about to change
             outcome = engine.optimizer_step(totals.loss)
 
             loss = totals.loss

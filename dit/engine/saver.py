@@ -1,8 +1,8 @@
 """Writing checkpoints of a run: while training goes on, at most one at a time, published only when every rank has written its share.
 
-The caller's thread copies what this rank owns to host memory, which is all that training waits for; a second thread writes, seals,
-publishes and deletes old ones; what goes wrong there is raised on all ranks by the next `save` or `finish`. If the run has a store, a third
-uploads.
+A second thread copies what this rank owns to host memory while the next step computes its gradients, and training waits for it only where
+that step would change what is copied; then it writes, seals, publishes and deletes old ones. What goes wrong there is raised on all ranks
+by the next `save` or `finish`. If the run has a store, a third thread uploads.
 """
 
 import json
@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Saver:
         self._group = distributed.side_group()
         self._buffers: dict[str, Tensor] = {}
         self._thread: Thread | None = None
+        self._copied, self._stream = Event(), torch.cuda.Stream() if torch.cuda.is_available() else None
         self._error: Exception | None = None
         self._store = Store(run) if run.train.checkpoint_store and distributed.rank() == 0 else None
 
@@ -53,7 +54,7 @@ class Saver:
         self._check_space(sum(view.nbytes for f in engine.owned() for view in f.views.values()), max(1, missing), UserError)
 
     def save(self, engine: Engine, position: Position) -> None:
-        """Write a checkpoint of `engine`. Returns when it is copied, or with train.async_save off when it is published.
+        """Write a checkpoint of `engine`. With train.async_save it returns at once, and `wait_copied` says when `engine` may change.
 
         Raises StorageUnavailable on all ranks, with nothing published, if this or the save before could not be written.
         """
@@ -64,8 +65,15 @@ class Saver:
         if not self.train.async_save:
             self._write(engine.step, views, state)
             return self.finish()
-        self._thread = Thread(target=self._write, args=(engine.step, self._copied(views), state), name="checkpoint", daemon=True)
+        self._copied.clear()
+        computed = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        self._thread = Thread(target=self._write, args=(engine.step, views, state, computed), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def wait_copied(self) -> None:
+        """Wait until what is being saved may change."""
+        if self._thread:
+            self._copied.wait()
 
     def finish(self) -> None:
         """Wait until the last save is published; raises what went wrong with it."""
@@ -86,22 +94,31 @@ class Saver:
         """How many checkpoints could not be uploaded; known to the first rank."""
         return self._store.failed if self._store else 0
 
-    def _copied(self, views: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Copies in host memory, in the same buffers each time."""
-        if self._buffers.keys() != views.keys():
-            pinned = torch.cuda.is_available()
-            self._buffers = {name: torch.empty(view.shape, dtype=view.dtype, pin_memory=pinned) for name, view in views.items()}
-        for name, view in views.items():
-            self._buffers[name].copy_(view, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return self._buffers
+    def _copy(self, views: Mapping[str, Tensor], computed: torch.cuda.Event | None) -> None:
+        """Fill buffers in host memory, the same each time. computed: when a GPU has what is to be copied; None on the CPU."""
+        try:
+            if self._buffers.keys() != views.keys():
+                pinned = computed is not None
+                self._buffers = {name: torch.empty(view.shape, dtype=view.dtype, pin_memory=pinned) for name, view in views.items()}
+            with torch.cuda.stream(self._stream):  # None on the CPU: then it does nothing
+                if computed:
+                    computed.wait()
+                for name, view in views.items():
+                    self._buffers[name].copy_(view, non_blocking=True)
+            if self._stream:
+                self._stream.synchronize()
+        finally:
+            self._copied.set()
 
-    def _write(self, step: int, views: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    def _write(self, step: int, views: Mapping[str, Tensor], state: Mapping[str, Any], computed: torch.cuda.Event | None = None) -> None:
         rank, world = distributed.rank(), distributed.world_size()
         staged = self.root / durable.staging_name(step)
         path = staged / f"rank-{rank:05d}-of-{world:05d}.safetensors"
         try:
+            if self.train.async_save:
+                self._together(lambda: self._copy(views, computed))
+                views = self._buffers
+            faults.point("save.copied")
             self._check_space(sum(view.nbytes for view in views.values()), 1, StorageUnavailable)
             self._on_first(lambda: durable.stage(self.root, step))
             faults.point("save.staged")

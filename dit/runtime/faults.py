@@ -14,6 +14,7 @@ POINTS = (
     "step.accumulated",
     "step.taken",
     "save.begun",
+    "save.copied",
     "save.staged",
     "save.half_written",
     "save.written",

@@ -150,8 +150,12 @@ def one_size(width: int, samples: int) -> tuple[str, ...]:
 
 
 def zero() -> None:
-    """ZeRO stages against DistributedDataParallel, over the ranks that there are."""
-    width, depth, samples = 384, 6, 4
+    """ZeRO stages against DistributedDataParallel, over the ranks that there are, at few and at many tokens a rank."""
+    for samples in (4, 32):
+        one_load(384, 6, samples)
+
+
+def one_load(width: int, depth: int, samples: int) -> None:
     pack = pack_of(samples, 64, width)
     bare = Bare(make(width, depth))
     engines = {stage: Engine(make(width, depth), config("unused", engine={"zero_stage": stage}), 1) for stage in (0, 1, 2, 3)}
@@ -164,7 +168,7 @@ def zero() -> None:
     contestants: dict[str, Callable[[], object]] = {"DDP": lambda: bare.step(pack)}
     contestants |= {f"ZeRO-{stage}": lambda engine=engine: take(engine) for stage, engine in engines.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(25):
+    for _ in range(25 if samples < 16 else 13):
         for name, run in contestants.items():
             distributed.barrier()
             start = time.perf_counter()
@@ -176,7 +180,7 @@ def zero() -> None:
         ratios = [a / b for a, b in zip(found[5:], times["DDP"][5:], strict=True)]
         rows.append((name, f"{1000 * median(found[5:]):.0f} ms", f"{median(ratios):.2f}"))
     size = sum(p.numel() for p in bare.parameters) / 1e6
-    table(f"{distributed.world_size()} ranks on gloo, {size:.1f} M parameters, float32", rows)
+    table(f"{distributed.world_size()} ranks on gloo, {size:.1f} M parameters, {64 * samples:,} tokens a rank, float32", rows)
 
 
 def backbone(**options: object) -> Callable[[tuple[int, int, int]], None]:
@@ -287,26 +291,34 @@ def in_folder(base: Path) -> None:
         theirs.save_checkpoint(str(base / "deepspeed"))
         flushed(base / "deepspeed")
 
-    stalls: list[float] = []
+    batch = pack_of(8, 32, 1024)
+    gradients: dict[bool, list[float]] = {False: [], True: []}
 
     def save_later() -> None:
-        start = time.perf_counter()
-        pause.save(engine, {"step": 1})
-        stalls.append(time.perf_counter() - start)
-        pause.finish()
+        """The gradients of a step with and without a save behind them: what is longer is what training waits for."""
+        for saves in (False, True):
+            start = time.perf_counter()
+            if saves:
+                pause.save(engine, {"step": 1})
+            engine.backward(losses_of(module, batch).per_sample.sum(), 8)
+            pause.wait_copied()
+            gradients[saves].append(time.perf_counter() - start)
+            pause.finish()
 
     savers: dict[str, Callable[[], object]] = {
         "raw write and fsync": write_raw,
         "save": lambda: sync.save(engine, {"step": 1}),
-        "save while training goes on": save_later,
+        "gradients twice, and a save behind the second": save_later,
         "torch.save and fsync": torch_save,
         "dcp.save and fsync": dcp,
         "DeepSpeed save_checkpoint and fsync": deepspeed,
     }
     times = turns(savers, "raw write and fsync", 6)
     table(f"Saving {size / 1e6:.0f} MB", rows_of(times, size))
-    stall, whole = min(stalls[1:]), min(own for _, own in times["save"])
-    table("What training waits for", [("stall / save", "stall"), (f"{stall / whole:.3f}", f"{1000 * stall:.0f} ms")])
+    alone, with_save = (median(gradients[saves][1:]) for saves in (False, True))
+    whole, stall = min(own for _, own in times["save"]), with_save - alone
+    heads = ("gradients of a step", "with a save behind them", "stall / save")
+    table("What training waits for", [heads, (f"{1000 * alone:.0f} ms", f"{1000 * with_save:.0f} ms", f"{stall / whole:.3f}")])
 
     def read_raw() -> None:
         with raw.open("rb", buffering=0) as handle:

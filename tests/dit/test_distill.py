@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.config_file import save_resolved
-from data_pipelines.errors import UserError
+from data_pipelines.errors import NoValidCheckpoint, UserError
 from data_pipelines.packed import Conditioning
 from dit.config import DistillRun, TrainRun
 from dit.config.distillation import ConsistencyConfig
@@ -18,6 +18,7 @@ from dit.diffusion.ground_truth import pack_of_points
 from dit.distill import check_critic, check_teacher, with_fixed_teacher
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import guide
+from dit.engine import durable
 from dit.runs import Encoders, TrainedRun
 
 
@@ -33,16 +34,32 @@ def request(folder: Path, step: int | None) -> DistillRun:
     )
 
 
+def checkpoint(root: Path, step: int) -> None:
+    """An empty one that is valid."""
+    durable.publish(durable.stage(root, step), root, step, [])
+
+
 def test_a_student_keeps_the_teacher_that_it_began_with(tmp_path: Path) -> None:
     teacher, student = (tmp_path / name / "checkpoints" for name in ("teacher", "student"))
-    (teacher / "step-00000005").mkdir(parents=True)
+    checkpoint(teacher, 5)
     run = with_fixed_teacher(request(tmp_path, None))
     assert run.teacher.step == 5
-    (student / "step-00000001").mkdir(parents=True)
+    checkpoint(student, 1)
     save_resolved(run, tmp_path / "student" / "config.resolved.yaml")
-    (teacher / "step-00000010").mkdir()
+    checkpoint(teacher, 10)
     assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
     assert with_fixed_teacher(request(tmp_path, 10)).teacher.step == 10
+
+
+def test_a_damaged_checkpoint_of_the_teacher_is_passed_over(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher" / "checkpoints"
+    for step in (5, 10):
+        checkpoint(teacher, step)
+    (teacher / "step-00000010" / "manifest.json").write_text("{}")
+    assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
+    (teacher / "step-00000005" / "manifest.json").unlink()
+    with pytest.raises(NoValidCheckpoint, match="step-00000005"):
+        with_fixed_teacher(request(tmp_path, None))
 
 
 def test_a_checkpoint_may_stand_for_its_run() -> None:

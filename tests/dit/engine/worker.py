@@ -382,7 +382,7 @@ def ruined() -> None:
             if how == "delete":
                 path.unlink()
         distributed.barrier()
-        assert checkpoint._newest_valid(root, distributed.rank(), distributed.world_size()) == 10, f"{how} of {path} at {place}"
+        assert checkpoint.newest_valid(root, distributed.rank(), distributed.world_size()) == 10, f"{how} of {path} at {place}"
         distributed.barrier()
         if distributed.rank() == 0:
             path.write_bytes(intact[path])
