@@ -212,6 +212,14 @@ class KarrasSteps(Section):
     sigma_max: PositiveFloat = 80.0
 
 
+class ExponentialSteps(Section):
+    """ln(sigma) evenly spaced, then 0, with sigma = b / a: Karras' steps as rho grows."""
+
+    name: Literal["exponential"]
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+
+
 class TrainedSteps(Section):
     """Quantiles of the times that the model was trained at."""
 
@@ -222,9 +230,11 @@ class WholeSteps(Section):
     """Evenly spaced among the whole steps i of a vp path: t = i / T."""
 
     name: Literal["whole"]
+    first: bool = False
+    """Space them between T and 1, both visited (Nichol & Dhariwal 2021, arXiv:2102.09672, section 4), instead of between T and 0."""
 
 
-StepsConfig = Annotated[ShiftedSteps | KarrasSteps | TrainedSteps | WholeSteps, Field(discriminator="name")]
+StepsConfig = Annotated[ShiftedSteps | KarrasSteps | ExponentialSteps | TrainedSteps | WholeSteps, Field(discriminator="name")]
 
 
 class SamplingConfig(Section):

@@ -8,6 +8,7 @@ from typing import assert_never
 from torch import Tensor
 
 from dit.config.objective import DDPMConfig, DiffusionConfig, ObjectiveConfig, RectifiedFlowConfig, VariationalConfig
+from dit.diffusion.cascade import Cascade, Upsampler, lowered
 from dit.diffusion.clean_tokens import Told
 from dit.diffusion.ddpm import DDPM
 from dit.diffusion.denoiser import Denoiser, OnPath, Predicting
@@ -54,6 +55,7 @@ __all__ = [
     "RECTIFIED_FLOW",
     "AtScale",
     "AutoGuidance",
+    "Cascade",
     "ClassifierFreeGuidance",
     "ClassifierGuidance",
     "Denoiser",
@@ -65,6 +67,7 @@ __all__ = [
     "Predicting",
     "Regression",
     "Told",
+    "Upsampler",
     "Within",
     "ancestral",
     "build_denoiser",
@@ -82,6 +85,7 @@ __all__ = [
     "heun",
     "invert",
     "levels",
+    "lowered",
     "path_of",
     "rk4",
     "sample",

@@ -13,6 +13,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.packed import InStep
 from dit.config.objective import (
     ExponentialShift,
+    ExponentialSteps,
     KarrasSteps,
     LogitNormalTimes,
     LogNormalTimes,
@@ -119,12 +120,17 @@ def schedule(
             low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
             sigmas = (low + (high - low) * torch.linspace(1, 0, steps, dtype=torch.float64)) ** config.rho
             return torch.cat([path.level_of(sigmas), u[-1:]])
+        case ExponentialSteps():
+            logs = torch.linspace(math.log(config.sigma_max), math.log(config.sigma_min), steps, dtype=torch.float64)
+            return torch.cat([path.level_of(logs.exp()), u[-1:]])
         case WholeSteps():
             if not isinstance(path, VariancePreserving) or steps > path.steps:
                 raise UserError(
                     f"sampling.schedule: whole with sampling.steps={steps} needs a model on a vp path of at least as many steps; "
                     "use schedule shifted, or fewer steps"
                 )
+            if config.first:
+                return torch.cat([1 + torch.linspace(path.steps - 1, 0, steps, dtype=torch.float64).round(), u[-1:]]) / path.steps
             return (u * path.steps).round() / path.steps
         case _:
             assert_never(config)

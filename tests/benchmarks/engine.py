@@ -291,18 +291,22 @@ def in_folder(base: Path) -> None:
         theirs.save_checkpoint(str(base / "deepspeed"))
         flushed(base / "deepspeed")
 
-    batch = pack_of(8, 32, 1024)
+    batch, blocked = pack_of(8, 32, 1024), list[float]()
     gradients: dict[bool, list[float]] = {False: [], True: []}
 
     def save_later() -> None:
-        """The gradients of a step with and without a save behind them: what is longer is what training waits for."""
+        """The gradients of a step with and without a save behind them, and how long the second was blocked by it."""
         for saves in (False, True):
-            start = time.perf_counter()
+            begun = time.perf_counter()
             if saves:
                 pause.save(engine, {"step": 1})
+            saving = time.perf_counter() - begun
             engine.backward(losses_of(module, batch).per_sample.sum(), 8)
+            computed = time.perf_counter()
             pause.wait_copied()
-            gradients[saves].append(time.perf_counter() - start)
+            gradients[saves].append(time.perf_counter() - begun)
+            if saves:
+                blocked.append(saving + time.perf_counter() - computed)
             pause.finish()
 
     savers: dict[str, Callable[[], object]] = {
@@ -315,10 +319,10 @@ def in_folder(base: Path) -> None:
     }
     times = turns(savers, "raw write and fsync", 6)
     table(f"Saving {size / 1e6:.0f} MB", rows_of(times, size))
-    alone, with_save = (median(gradients[saves][1:]) for saves in (False, True))
-    whole, stall = min(own for _, own in times["save"]), with_save - alone
-    heads = ("gradients of a step", "with a save behind them", "stall / save")
-    table("What training waits for", [heads, (f"{1000 * alone:.0f} ms", f"{1000 * with_save:.0f} ms", f"{stall / whole:.3f}")])
+    alone, with_save = (f"{1000 * median(gradients[saves][1:]):.0f} ms" for saves in (False, True))
+    wait, whole = median(blocked[1:]), min(own for _, own in times["save"])
+    heads = ("gradients of a step", "with a save behind them", "blocked", "blocked / save")
+    table("What training waits for", [heads, (alone, with_save, f"{1000 * wait:.0f} ms", f"{wait / whole:.3f}")])
 
     def read_raw() -> None:
         with raw.open("rb", buffering=0) as handle:

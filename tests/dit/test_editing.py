@@ -106,11 +106,24 @@ def test_outpainting_puts_the_input_where_it_is_told(folder: Path, encoders: Enc
     assert edit.tokens(encoders, PATCH, 1).mask.view(3, 4, 4)[:, 2:, :3].all()
 
 
-def test_pasted_pixels_are_those_given_bit_for_bit(folder: Path, encoders: Encoders, pixels: np.ndarray) -> None:
-    edit = read(folder, encoders, name="inpaint", input="video.mp4", mask="mask.png")
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"name": "inpaint", "input": "video.mp4", "mask": "mask.png"},
+        {"name": "inpaint", "input": "video.mp4", "region": "centre"},
+        {"name": "outpaint", "input": "small.mp4"},
+        {"name": "frames", "first": "image.png"},
+        {"name": "frames", "last": "image.png"},
+        {"name": "frames", "first": "image.png", "last": "short.mp4"},
+    ],
+    ids=lambda values: "-".join(values),
+)
+def test_pasted_pixels_are_those_given_bit_for_bit(folder: Path, encoders: Encoders, values: dict[str, Any]) -> None:
+    edit = read(folder, encoders, **values)
     drawn = torch.randint(0, 256, (3, *SIZE, 3), dtype=torch.uint8)
     pasted = edit.paste(drawn)
-    assert torch.equal(pasted[:, edit.known], torch.from_numpy(pixels[:9])[edit.known].expand(3, -1, -1))
+    assert 0 < int(edit.known.sum()) < edit.known.numel()
+    assert torch.equal(pasted[:, edit.known], edit.videos[0][edit.known].expand(3, -1, -1))
     assert torch.equal(pasted[:, ~edit.known], drawn[:, ~edit.known])
 
 

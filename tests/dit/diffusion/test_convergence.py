@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,21 @@ from torch import Tensor
 from data_pipelines.packed import pack_conditioning
 from dit.config.objective import KarrasSteps
 from dit.config.path import EDMPath, TrigFlowPath, VEPath, VPPath
-from dit.diffusion import RECTIFIED_FLOW, Path, ancestral, build_path, ddim, dpmpp_2m, euler, euler_maruyama, heun, rk4, schedule, unipc
+from dit.diffusion import (
+    RECTIFIED_FLOW,
+    Denoiser,
+    Path,
+    ancestral,
+    build_path,
+    ddim,
+    dpmpp_2m,
+    euler,
+    euler_maruyama,
+    heun,
+    rk4,
+    schedule,
+    unipc,
+)
 from dit.diffusion.ground_truth import ProductMixture, points
 
 VP = build_path(VPPath(name="vp"))
@@ -54,7 +69,7 @@ def test_order_of_the_flow_samplers(sampler: Sampler, order: int, tolerance: flo
 @pytest.mark.parametrize("path", [VP, TRIGFLOW], ids=["vp", "trigflow"])
 @pytest.mark.parametrize(
     ("sampler", "order", "tolerance"),
-    [(ddim, 1, 0.1), (dpmpp_2m, 2, 0.15), (partial(unipc, order=1), 2, 0.15), (partial(unipc, order=2), 3, 0.5)],
+    [(ddim, 1, 0.05), (dpmpp_2m, 2, 0.1), (partial(unipc, order=1), 2, 0.15), (partial(unipc, order=2), 3, 0.2)],
     ids=["ddim", "dpmpp_2m", "unipc1", "unipc2"],
 )
 def test_published_order_of_the_exponential_samplers(sampler: Sampler, order: int, tolerance: float, path: Path) -> None:
@@ -62,10 +77,9 @@ def test_published_order_of_the_exponential_samplers(sampler: Sampler, order: in
     assert found == pytest.approx([order] * 2, abs=tolerance)
 
 
-def test_unipc_of_order_three_beats_order_two() -> None:
-    times = even_in_log_sigma(TRIGFLOW, 0.02, 0.98, 40)
-    second, third = (error(partial(unipc, path=TRIGFLOW, order=order), TRIGFLOW, times) for order in (2, 3))
-    assert third < second / 2
+def test_unipc_of_order_three_is_of_the_fourth_order_once_steps_are_short() -> None:
+    found = orders(partial(unipc, path=TRIGFLOW, order=3), TRIGFLOW, partial(even_in_log_sigma, TRIGFLOW, 0.02, 0.98), 160)
+    assert found == pytest.approx([4.0] * 2, abs=0.25)
 
 
 def test_dpm_solver_gains_two_orders_on_the_karras_grid() -> None:
@@ -101,8 +115,9 @@ COUNT = 4000
 
 @pytest.fixture(scope="module")
 def floor() -> float:
+    """The mean distance of as many real samples."""
     mixture = ProductMixture.standard()
-    return max(mixture.distance(mixture.draw(COUNT, seed)) for seed in range(3))
+    return sum(mixture.distance(mixture.draw(COUNT, seed)) for seed in range(8)) / 8
 
 
 def reached(sampler: Sampler, path: Path, times: Tensor) -> float:
@@ -115,18 +130,24 @@ def chain(steps: int) -> Tensor:
     return 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
 
 
+def _halfway(denoiser: Denoiser, *args: Any, **options: Any) -> Tensor:
+    """Ancestral sampling where the network says that the variance lies in the middle of small and large."""
+    return ancestral(lambda x, t, cond: torch.cat([denoiser(x, t, cond), torch.zeros_like(x)], dim=1), *args, **options)
+
+
 @pytest.mark.parametrize(
     ("sampler", "path", "steps"),
     [
-        (ancestral, VP, 500),
-        (partial(ancestral, variance="large"), VP, 500),
+        (ancestral, VP, 1000),
+        (partial(ancestral, variance="large"), VP, 250),
+        (partial(_halfway, variance="learned"), VP, 250),
         (partial(ddim, eta=1.0), VP, 250),
         (dpmpp_2m, VP, 200),
         (euler_maruyama, RECTIFIED_FLOW, 300),
         (partial(euler_maruyama, churn=lambda t: 2 * t * (1 - t)), RECTIFIED_FLOW, 300),
         (euler_maruyama, TRIGFLOW, 300),
     ],
-    ids=["ddpm-small", "ddpm-large", "ddim-eta", "dpmpp-sde", "churn-rf", "churn-function", "churn-trigflow"],
+    ids=["ddpm-small", "ddpm-large", "ddpm-learned", "ddim-eta", "dpmpp-sde", "churn-rf", "churn-function", "churn-trigflow"],
 )
 def test_stochastic_samplers_reach_the_data(sampler: Sampler, path: Path, steps: int, floor: float) -> None:
     assert reached(sampler, path, chain(steps)) < 1.5 * floor

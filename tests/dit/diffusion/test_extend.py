@@ -9,7 +9,7 @@ import pytest
 PAGES = Path(__file__).parents[3] / "docs" / "extend"
 
 
-@pytest.mark.parametrize("page", ["path", "objective", "sampler", "guidance", "distillation"])
+@pytest.mark.parametrize("page", ["path", "objective", "sampler", "guidance", "cascade", "distillation"])
 def test_the_code_of_the_page_holds(page: str, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (PAGES / f"{page}.md").read_text(), re.DOTALL)
     assert len(blocks) == 1

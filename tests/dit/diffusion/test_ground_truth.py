@@ -2,31 +2,54 @@
 
 import pytest
 import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from dit.config.path import EDMPath, TrigFlowPath, VPPath
+from data_pipelines.packed import pack_conditioning
+from dit.config.path import EDMPath, TrigFlowPath, VEPath, VPPath
 from dit.diffusion import RECTIFIED_FLOW, Path, build_path, rk4
-from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, main, points
+from dit.diffusion.ground_truth import GaussianMixture, ProductMixture, TokenMixture, main, points
 
-PATHS = [RECTIFIED_FLOW, build_path(VPPath(name="vp")), build_path(EDMPath(name="edm")), build_path(TrigFlowPath(name="trigflow"))]
+TRIGFLOW = build_path(TrigFlowPath(name="trigflow"))
+PATHS = [RECTIFIED_FLOW, build_path(VPPath(name="vp")), build_path(EDMPath(name="edm")), TRIGFLOW, build_path(VEPath(name="ve"))]
+CLOSE = {"atol": 1e-12, "rtol": 1e-12}
 
 
-@pytest.mark.parametrize("path", PATHS, ids=["rectified_flow", "vp", "edm", "trigflow"])
-def test_score_is_the_gradient_of_the_density(path: Path) -> None:
-    full = GaussianMixture(torch.randn(5, 3, dtype=torch.float64), torch.rand(5).double() + 0.2, torch.full((5,), 0.2), path)
-    product = ProductMixture.standard(path)
+@pytest.mark.parametrize("path", PATHS, ids=["rectified_flow", "vp", "edm", "trigflow", "ve"])
+def test_score_is_the_gradient_of_the_density_and_gives_latents_noise_and_velocity(path: Path) -> None:
     t = torch.linspace(0.05, 0.95, 50, dtype=torch.float64)
-    x = torch.randn(50, 3, dtype=torch.float64).requires_grad_()
-    (gradient,) = torch.autograd.grad(full.log_prob(x, t).sum(), x)
-    torch.testing.assert_close(full.score(x, t), gradient, atol=1e-10, rtol=1e-10)
-    x = (path.at(torch.tensor(0.4)).b.clamp(min=1) * torch.randn(50, 8, dtype=torch.float64)).requires_grad_()
-    (gradient,) = torch.autograd.grad(product.log_prob(x, 0.4).sum(), x)
-    level, cond = torch.full((50,), 0.4, dtype=torch.float64), points(50)
-    score = path.convert(product(x, level, cond), "velocity", "score", x, level, cond)
-    torch.testing.assert_close(score, gradient, atol=1e-9, rtol=1e-9)
+    c = path.at(t)
+    a, b, da, db = (part[:, None] for part in c)
+    means, stds, weights = torch.randn(5, 3, dtype=torch.float64), torch.rand(5).double() + 0.2, torch.full((5,), 0.2, dtype=torch.float64)
+    full = GaussianMixture(means, stds, weights, path)
+    x = (b.clamp(min=1) * torch.randn(50, 3, dtype=torch.float64)).requires_grad_()
+    log_p = full.log_prob(x, t)
+    spread = (a.square() * stds.square() + b.square()).sqrt()[..., None].expand(-1, -1, 3)
+    parts = Independent(Normal(a[..., None] * means, spread), 1)
+    torch.testing.assert_close(log_p, MixtureSameFamily(Categorical(weights.expand(50, -1)), parts).log_prob(x), **CLOSE)
+    (gradient,) = torch.autograd.grad(log_p.sum(), x)
+    torch.testing.assert_close(full.score(x, t), gradient, **CLOSE)
+    latents, noise = full.ends(x, t)
+    torch.testing.assert_close(a * latents, x + b.square() * gradient, **CLOSE)  # Tweedie
+    torch.testing.assert_close(noise, -b * gradient, **CLOSE)
+    torch.testing.assert_close(full.velocity(x, t), da * latents - db * b * gradient, **CLOSE)
+    product, level = ProductMixture.standard(path), path.at(t[20])
+    x = (level.b.clamp(min=1) * torch.randn(50, 8, dtype=torch.float64)).requires_grad_()
+    (gradient,) = torch.autograd.grad(product.log_prob(x, float(t[20])).sum(), x)
+    velocity = level.da * (x + level.b.square() * gradient) / level.a - level.db * level.b * gradient
+    torch.testing.assert_close(product(x, t[20].expand(50), points(50)), velocity, **CLOSE)
+
+
+def test_a_mixture_of_tokens_at_one_level_is_the_mixture_of_their_vectors() -> None:
+    x, t = torch.randn(50, 2, dtype=torch.float64), torch.linspace(0.05, 0.95, 50, dtype=torch.float64)
+    for path in PATHS:
+        tokens = TokenMixture.standard(path)
+        velocity = tokens(x.view(-1, 1), t, pack_conditioning([(2, 1, 1)] * 50, [torch.zeros(1, 4)] * 50)).view(50, 2)
+        whole = GaussianMixture(tokens.means, tokens.stds, tokens.weights, path)
+        torch.testing.assert_close(velocity, whole.velocity(x, t), **CLOSE)
 
 
 def test_flow_map_is_the_integral_of_the_velocity() -> None:
-    for path in (RECTIFIED_FLOW, PATHS[3]):
+    for path in (RECTIFIED_FLOW, TRIGFLOW):
         mixture, x = ProductMixture.standard(path), torch.randn(40, 8, dtype=torch.float64)
         times = torch.linspace(0.95, 0.1, 801, dtype=torch.float64)
         torch.testing.assert_close(rk4(mixture, x, times, points(40)), mixture.flow_map(x, 0.95, 0.1), atol=1e-9, rtol=0)

@@ -10,7 +10,6 @@ from torch import Tensor
 from dit.config.path import PathConfig, Quantity
 from dit.diffusion import OnPath, Path, Predicting, build_path
 from dit.diffusion.ground_truth import ProductMixture, points
-from dit.diffusion.paths import Coefficients, on_tokens
 
 CONFIGS: list[dict[str, object]] = [
     {"name": "rectified_flow"},
@@ -131,20 +130,3 @@ def test_a_denoiser_of_one_path_is_one_of_another(own: dict[str, object]) -> Non
         truth = ProductMixture.standard(path(other))(x, t, points(count))
         moved = OnPath(ProductMixture.standard(path(own)), path(own), path(other))(x, t, points(count))
         torch.testing.assert_close(moved, truth, atol=2e-9, rtol=1e-9)
-
-
-class Straight(Path):
-    """The path of the extension guide: a = 1 - t^2, b = t."""
-
-    def at(self, t: Tensor) -> Coefficients:
-        t = t.double()
-        return Coefficients(1 - t**2, t, -2 * t, torch.ones_like(t))
-
-
-def test_a_new_path_is_four_functions() -> None:
-    ours, t, cond = Straight(), levels(5), points(5)
-    x, velocity = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
-    latents = ours.convert(velocity, "velocity", "latents", x, t, cond)
-    noise = ours.convert(velocity, "velocity", "noise", x, t, cond)
-    torch.testing.assert_close(ours.interpolate(latents, noise, t, cond), x)
-    torch.testing.assert_close(on_tokens(-2 * t, cond, x) * latents + noise, velocity)

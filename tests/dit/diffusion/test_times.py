@@ -9,6 +9,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.packed import InStep
 from dit.config.objective import (
     ExponentialShift,
+    ExponentialSteps,
     KarrasSteps,
     LogitNormalTimes,
     LogNormalTimes,
@@ -120,10 +121,17 @@ def test_schedules_visit_the_published_levels() -> None:
     karras = 80 * times.schedule(5, 1.0, KarrasSteps(name="karras"), edm)
     expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)] + [0.0]
     assert karras.tolist() == pytest.approx(expected, abs=1e-9)
+    even = ExponentialSteps(name="exponential", sigma_min=0.02, sigma_max=50.0)
+    for path in (edm, build_path(VPPath(name="vp"))):
+        c = path.at(times.schedule(6, 1.0, even, path))
+        assert (c.b / c.a).tolist() == pytest.approx([50 * (0.02 / 50) ** (i / 5) for i in range(6)] + [0.0], rel=1e-9)
+    limit = KarrasSteps(name="karras", rho=1e6, sigma_min=0.02, sigma_max=50.0)
+    torch.testing.assert_close(times.schedule(6, 1.0, limit, edm), times.schedule(6, 1.0, even, edm), atol=0, rtol=1e-4)
     trained = times.schedule(4, 1.0, TrainedSteps(name="trained"), trained=LogitNormalTimes(mean=0.5))
     assert trained[[0, -1]].tolist() == [1.0, 0.0]
     assert float(trained[2]) == pytest.approx(1 / (1 + math.exp(-0.5)))  # the median
     vp = build_path(VPPath(name="vp"))
     assert (1000 * times.schedule(3, 1.0, WholeSteps(name="whole"), vp)).tolist() == [1000.0, 667.0, 333.0, 0.0]
+    assert (1000 * times.schedule(3, 1.0, WholeSteps(name="whole", first=True), vp)).tolist() == [1000.0, 501.0, 1.0, 0.0]
     with pytest.raises(UserError, match="vp path"):
         times.schedule(3, 1.0, WholeSteps(name="whole"))
