@@ -183,7 +183,7 @@ def _row(name: str, steps: int, seen: list[dict[str, float]], best: Mapping[str,
         f"{cell(adherence)} ±{seen[0]['half']:.3f}",
         cell([value / best["adherence"] for value in adherence]),
         cell([one["all"] for one in seen]),
-        cell([one["frechet"] for one in seen], 2),
+        cell([one["frechet"] for one in seen], 4),
         cell([one["diversity"] / reference["diversity"] for one in seen], 2),
     ]
     return f"| {name} | {steps} | " + " | ".join(parts) + " |"
