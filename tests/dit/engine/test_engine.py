@@ -78,6 +78,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
         "spiking",
         "returned",
         "rotten",
+        "overlapped",
         "full",
         **env,
     )
