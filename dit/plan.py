@@ -13,7 +13,7 @@ from dit.config import DistillRun, TrainRun
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.encoders import DiffusersVAEConfig, EncodersConfig, HFTextConfig
 from dit.diffusion import equip
-from dit.distillation import has_second_network, step_calls, student_backbone, teacher_engine
+from dit.distillation import critic_of, has_second_network, step_calls, student_backbone, teacher_engine
 from dit.encoders import build_latent_codec, build_text_encoder
 from dit.encoders.base import causal_latent_size
 from dit.engine.frozen import frozen_bytes
@@ -107,7 +107,9 @@ def _memory_table(
     steps: int,
 ) -> list[str]:
     """count, teacher: parameters. flops: of a step."""
-    critic = teacher if teacher and isinstance(run, DistillRun) and has_second_network(run.method) else 0  # a copy of the teacher
+    critic = None
+    if isinstance(run, DistillRun) and critic_of(run.method):
+        critic = teacher if has_second_network(run.method) else 0  # a copy of the teacher; heads are small
     engine, mode = run.engine, backbone.activation_checkpointing
     other = "full" if mode == "none" else "none"
     kept, swapped = (

@@ -132,6 +132,7 @@ class MomentMatching:
         self.config, self.teacher, self.token_shift = config, teacher, token_shift
         self.values = [weight.value.requires_grad_() for weight in weights]
         self.metrics = [weight.metric for weight in weights]
+        self.length = norm([value.detach() for value in self.values])
 
     def __call__(self, student: Denoiser, batch: PackedLatents, progress: float) -> Losses:
         """Loss of each sample, zero for holes: its part of the product of the two gradients. Calls the student once.
@@ -174,17 +175,15 @@ class MomentMatching:
     @torch.no_grad()
     def _change(self, half: Points, direction: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The teacher's prediction (L, P), and its derivative by the weights along `direction`, over -s: a central difference."""
-        size = torch.stack([d.square().sum() for d in direction]).sum().sqrt()
-        length = torch.stack([value.square().sum() for value in self.values]).sum().sqrt()
-        step = RELATIVE_STEP * length / size.clamp(min=1e-30)
+        step = RELATIVE_STEP * self.length / max(norm(direction), 1e-30)
         ahead, behind = (self._moved(half, direction, sign * step) for sign in (1, -1))
         return (ahead + behind) / 2, -(ahead - behind) / (2 * step) / on_tokens(half.s, half.cond, ahead)
 
-    def _moved(self, half: Points, direction: Sequence[Tensor], step: Tensor) -> Tensor:
+    def _moved(self, half: Points, direction: Sequence[Tensor], step: float) -> Tensor:
         kept = [value.data for value in self.values]
         try:
             for value, d in zip(self.values, direction, strict=True):
-                value.data = value.data + step * d
+                value.data = value.data.add(d, alpha=step)  # one pass over both
             return self._predicted(half)
         finally:
             for value, data in zip(self.values, kept, strict=True):
@@ -192,3 +191,8 @@ class MomentMatching:
 
     def _predicted(self, half: Points) -> Tensor:
         return seen(self.teacher, half.z, half.s, half.cond)
+
+
+def norm(tensors: Sequence[Tensor]) -> float:
+    """Of all of them as one vector."""
+    return float(torch.nn.utils.get_total_norm(tensors))

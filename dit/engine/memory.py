@@ -29,16 +29,19 @@ class StateBytes(NamedTuple):
         return sum(self) - self.host
 
 
-def state_bytes(engine: EngineConfig, ema: EMAConfig, parameters: int, ranks: int, *, critic: int = 0, on_gpu: bool = True) -> StateBytes:
-    """What the engine holds of a trained network, and of a `critic` of so many parameters, of which no average is kept.
+def state_bytes(
+    engine: EngineConfig, ema: EMAConfig, parameters: int, ranks: int, *, critic: int | None = None, on_gpu: bool = True
+) -> StateBytes:
+    """What the engine holds of a trained network, and of a `critic` of so many parameters that trains in turns with it, if there is one:
+    no average is kept of that.
 
     buffers: of messages and of gathered weights, at most; none on the CPU.
 
     Stage 0, and one rank: everything. 1: master weights, moments and averages are shared; gradients stay whole in bf16, in fp32 until they
     are reduced. 2: gradients are shared too. 3: weights too, with a copy in each group of `gather_within`, but those below
-    `whole_below`, which are left out here.
+    `whole_below`, which are left out here; and of the network whose turn it is not, DeepSpeed makes gradients of zeros, as its weights.
     """
-    averaged, parameters = parameters, parameters + critic
+    averaged, parameters = parameters, parameters + (critic or 0)
     stage = engine.zero_stage if ranks > 1 or engine.offload != "none" else 0
     is_bf16, kinds = engine.precision == "bf16", 1 + len(ema.sigma_rel)
     shared = -(-parameters // ranks) if stage else parameters
@@ -48,6 +51,8 @@ def state_bytes(engine: EngineConfig, ema: EMAConfig, parameters: int, ranks: in
     if stage == 0 and not is_bf16:
         weights = 0  # views of the master weights
     gradients = 4 * (shared if stage > 1 or (stage == 1 and not is_bf16) else parameters)
+    if stage == 3 and critic is not None and engine.offload == "none":
+        gradients += -(-max(averaged, critic) // ranks) * (2 if is_bf16 else 4)
     optimizer, averages = 12 * shared, 4 * kinds * (-(-averaged // ranks) if stage else averaged)
     buffers = 0
     if on_gpu and ranks > 1:
