@@ -92,7 +92,7 @@ def fit(
     videos (B, T, H, W, 3) that it returns go to TensorBoard. judge(module, step) is called in the same way; its figures join the line of
     the step as "student".
     flops_of(pack): floating-point operations of its forward and backward pass.
-    Raises UntrustedStep, DataBudgetExceeded, UserError (disk), on all ranks.
+    Raises UntrustedStep, CopiesDiffer, DataBudgetExceeded, UserError (disk), on all ranks.
     """
     folder, train = Path(run.out), run.train
     if engine.samples_seen >= train.samples:
@@ -116,6 +116,8 @@ def fit(
 
             tally = accumulate(engine, batch, losses_of, flops_of)
             totals = tally.reduce(batch.samples, batch.bad, stop.reason is not None)
+            if (engine.step + 1) % train.log_every_steps == 0:
+                engine.compare_copies()  # before the step: under ZeRO it writes all of them anew
             saver.wait_copied()  # of the step before, which this one is about to change
             outcome = engine.optimizer_step(totals.loss)
 
@@ -137,6 +139,7 @@ def fit(
             must_stop = totals.stop or budget.is_exceeded(engine.samples_seen)
             if must_stop or engine.step % train.save_every_steps == 0 or engine.samples_seen >= train.samples:
                 heartbeat.beat(engine.step, "save")
+                engine.compare_copies()
                 saver.save(engine, {**batch.position._asdict(), "left_out": budget.ids})
             if must_stop:
                 break

@@ -19,6 +19,7 @@ from data_pipelines.errors import NoValidCheckpoint, UserError
 from dit.config import FitRun
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
+from dit.engine.copies import odd_ones
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_regression import STEP_SAMPLES, Net, pair_reference, reference, run_config
@@ -77,6 +78,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
         "poisoned",
         "spiking",
         "returned",
+        "diverged",
         "rotten",
         "full",
         **env,
@@ -268,6 +270,12 @@ def test_a_step_that_is_no_number_is_dropped_alone_and_written_down(root: Path, 
         assert [sample["id"] for sample in samples if sample["loss"] == "nan"] == ["shard-1/2-0"]
         assert len(samples) == STEP_SAMPLES
         assert [len(grids) for rank in record["ranks"] for grids in rank["grids"]] == [3, 5, 1, 7]
+
+
+@pytest.mark.parametrize(("held", "odd"), [([7, 7, 8, 7], [2]), ([1, 5, 5, 2], [0, 3]), ([3, 4], [0, 1]), ([1, 1, 2, 2], [0, 1, 2, 3])])
+def test_ranks_that_hold_something_else_are_named(held: list[int], odd: list[int]) -> None:
+    """That all ranks stop, with names, when one bit of one of them is flipped is asserted in the processes: scenario `diverged`."""
+    assert odd_ones(held) == odd
 
 
 def test_a_rollback_leaves_one_line_a_step(root: Path) -> None:
