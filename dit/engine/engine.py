@@ -89,6 +89,11 @@ class Engine:
         return self.turns.of_step(self.step)
 
     @property
+    def is_called_together(self) -> bool:
+        """Whether ranks wait for each other inside the module, so that all must call it alike."""
+        return self.run.engine.zero_stage == 3 or distributed.sequence_parallel() > 1
+
+    @property
     def skipped(self) -> int:
         """Steps without effect."""
         return self.step - sum(self.taken.values())

@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -437,6 +439,39 @@ def flip(tensor: torch.Tensor, bit: int = 0) -> None:
 
 def ema_of(engine: Engine, name: str) -> torch.Tensor:
     return next(f.views["ema"] for f in engine.fragments() if f.name == name)
+
+
+def straggling() -> None:
+    """The last rank sleeps for 0.1 s in each step: the first says so once a window, and of nobody else."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dit.engine.stragglers").addHandler(listener)
+    engine = new_engine(ROOT / "straggling", train={"samples": 30 * STEP_SAMPLES, "save_every_steps": 100})
+
+    def losses_here(pack: Pack, progress: float) -> Losses:
+        time.sleep(0.05 * distributed.rank())
+        return losses_of(engine.module, pack)
+
+    fit(engine.run, engine, steps_from(0), losses_here, max_bad_fraction=1.0)
+    assert len(said) == (distributed.rank() == 0), said
+    assert all(re.match(r"steps 1-25: rank 1 on \S+ is slow", line) for line in said), said
+
+
+def written() -> None:
+    """How tests/dit/engine/format-1 was made, once for all: `python tests/dit/engine/worker.py tests/dit/engine/format-1 written`."""
+    engine = new_engine(ROOT)
+    take(engine, 2)
+    save(engine, ROOT)
+
+
+def read_again() -> None:
+    """A checkpoint of format 1, as the first release with that format wrote it, goes on for two steps."""
+    for stage in (1, 3):
+        engine, start = resumed(Path(__file__).parent / "format-1", engine={"zero_stage": stage})
+        assert (engine.step, start, engine.samples_seen) == (2, 2, 2 * STEP_SAMPLES)
+        take(engine, 2)
+        dump(engine, f"format-1-on-{distributed.world_size()}-{stage}")
 
 
 def rotten() -> None:
