@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
         text = path.read_text()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
@@ -109,8 +109,8 @@ def _apply_override(values: dict[str, Any], places: dict[Location, str], overrid
         raise ConfigError(f"override {override!r}: expected dotted.key=value, for example train.seed=1")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"override {_short(override)}: the value is not valid YAML: {error}") from None
     location: Location = ()
     section: Any = values
     *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
