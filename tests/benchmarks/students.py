@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[Part, ...]] = {
     "consistency, 4 phases": (
         Part("{name: consistency, guidance: GUIDANCE, solver: euler, phases: 4, stages: 1, q: 1.3, student_steps: 4}", 1.0, (4,)),
     ),
-    "mean_flow": (Part("{name: mean_flow, guidance: GUIDANCE}", 1.0, STEPS, ("optimizer.lr=5e-4",)),),
+    "mean_flow": (Part("{name: mean_flow, guidance: GUIDANCE, power: 1}", 1.0, STEPS, ("optimizer.lr=5e-4",)),),
     "continuous_consistency": (Part("{name: continuous_consistency, guidance: GUIDANCE}", 1.0, STEPS, ("optimizer.lr=5e-4",)),),
     "progressive": (
         progressive(8, 2, chained=False),
@@ -183,7 +183,7 @@ def _row(name: str, steps: int, seen: list[dict[str, float]], best: Mapping[str,
         f"{cell(adherence)} ±{seen[0]['half']:.3f}",
         cell([value / best["adherence"] for value in adherence]),
         cell([one["all"] for one in seen]),
-        cell([one["frechet"] for one in seen], 2),
+        cell([one["frechet"] for one in seen], 4),
         cell([one["diversity"] / reference["diversity"] for one in seen], 2),
     ]
     return f"| {name} | {steps} | " + " | ".join(parts) + " |"

@@ -83,6 +83,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
         "straggling",
         "read_again",
         "rotten",
+        "overlapped",
         "full",
         **env,
     )

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from data_pipelines.errors import UserError
-from dit.engine import checkpoint, durable
+from dit.engine import checkpoint, durable, loop
 from dit.engine.copies import CopiesDiffer
 from dit.engine.engine import Engine
 from dit.engine.guard import UntrustedStep
@@ -489,6 +490,30 @@ def rotten() -> None:
     except UserError as error:
         found = {"code": error.exit_code, "step": engine.step, "text": str(error)}
         (ROOT / f"rotten-{distributed.rank()}.json").write_text(json.dumps(found))
+
+
+def overlapped() -> None:
+    """A save is copied slower than the next step computes: it holds the state of its own step."""
+
+    class SlowSaver(Saver):
+        def _copy(self, *inputs: Any) -> None:
+            time.sleep(0.3)
+            super()._copy(*inputs)
+
+    engine = new_engine(ROOT / "overlapped", train={"samples": 2 * STEP_SAMPLES, "save_every_steps": 1})
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def watched() -> Iterator[Step]:
+        for batch in steps_from(0):
+            kept.append(weights_of(engine.module))
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Saver", SlowSaver)
+        run_fit(engine, ROOT / "overlapped", watched())
+    saved = checkpoint.load_weights(ROOT / "overlapped", 1, "model")
+    assert_equal(saved, kept[1])
+    assert not torch.equal(saved["outer.bias"], weights_of(engine.module)["outer.bias"])
 
 
 def full() -> None:
