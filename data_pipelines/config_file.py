@@ -66,7 +66,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
         text = path.read_text()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
@@ -109,8 +109,8 @@ def _apply_override(values: dict[str, Any], places: dict[Location, str], overrid
         raise ConfigError(f"override {override!r}: expected dotted.key=value, for example train.seed=1")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"override {_short(override)}: the value is not valid YAML: {error}") from None
     location: Location = ()
     section: Any = values
     *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
@@ -154,11 +154,13 @@ def _describe(root: type[BaseModel], path: str, places: dict[Location, str], det
             return f"{place}: missing key {key}{_doc(root, location)}"
         case "union_tag_invalid" | "union_tag_not_found" | "literal_error":
             allowed = re.findall(r"[^\s',]+(?=')|\d+", str(context.get("expected_tags") or context.get("expected", "")))
-            allowed = allowed or [tag for model in _models_at(root, location[:-1]) if (tag := _tag(model))]
+            allowed = allowed or [tag for model in _models_at(root, location[:-1]) for tag in _tags(model)]
             return f"{place}: {key} is {_short(got)}{_nearest(str(got), allowed)}. Allowed: {', '.join(allowed)}"
         case "value_error":
             message = str(context.get("error", detail["msg"]))
             return f"{place}: {key}: {message}"
+        case "model_type" | "model_attributes_type":
+            return f"{place}: {key} is {_short(got)}, expected keys: {', '.join(_names_at(root, location))}"
         case _:
             return f"{place}: {key} is {_short(got)}: {detail['msg'][0].lower()}{detail['msg'][1:]}{_doc(root, location)}"
 
@@ -215,10 +217,10 @@ def _names_at(root: type[BaseModel], location: Location) -> list[str]:
     return sorted({name for model in _models_at(root, location) for name in model.model_fields})
 
 
-def _tag(model: type[BaseModel]) -> str | None:
+def _tags(model: type[BaseModel]) -> list[str]:
+    """Names that a section goes by."""
     field = model.model_fields.get("name")
-    literals = get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()
-    return str(literals[0]) if literals else None
+    return [str(tag) for tag in get_args(field.annotation)] if field and get_origin(field.annotation) is Literal else []
 
 
 def _without_tags(root: type[BaseModel], location: Location) -> Location:
@@ -226,7 +228,7 @@ def _without_tags(root: type[BaseModel], location: Location) -> Location:
     kept: Location = ()
     for part in location:
         models = _models_at(root, kept)
-        is_tag = any(_tag(model) == part for model in models) and not any(part in model.model_fields for model in models)
+        is_tag = any(part in _tags(model) for model in models) and not any(part in model.model_fields for model in models)
         if not is_tag:
             kept = (*kept, part)
     return kept

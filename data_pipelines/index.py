@@ -99,7 +99,9 @@ def parse_index(data: bytes, address: str) -> ShardIndex:
             entries=tuple(_entry(sample) for sample in record["samples"]),
             problems=tuple((str(what), str(why)) for what, why in record["problems"]),
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:  # an integer of 5000 digits is a ValueError
         raise UserError(f"{address}: not a whole shard index ({type(error).__name__}: {error}); {mend}") from error
     body = data[len(_head(b"")) : -2]
     if data != b"%b%b}\n" % (_head(body), body):

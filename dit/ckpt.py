@@ -40,7 +40,7 @@ def _list(root: Path) -> int:
         try:
             state = json.loads((folder / "state.json").read_text())
             made = f"{state['samples_seen']} samples, {state['world_size']} ranks, ZeRO stage {state['zero_stage']}"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             made = f"unreadable: {error}"
         print(f"step {step}  {size / 2**20:.1f} MiB  {made}")
     return 0

@@ -49,6 +49,6 @@ class SpatioTemporalDiTConfig(Section):
     @model_validator(mode="after")
     def _rope_has_three_axes(self) -> Self:
         if self.hidden_size // self.num_heads < 6:
-            head = self.hidden_size // self.num_heads
-            raise ValueError(f"hidden_size / num_heads = {head} must be at least 6, two channels for each of t, h, w")
+            heads = f"{self.hidden_size} / {self.num_heads} = {self.hidden_size // self.num_heads}"
+            raise ValueError(f"hidden_size / num_heads = {heads} must be at least 6, two channels for each of t, h, w")
         return self

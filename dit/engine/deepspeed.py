@@ -87,6 +87,11 @@ class ZeroShards:
         """All of `places`: no two ranks hold the same."""
         return self.places()
 
+    def copies(self) -> dict[str, Tensor]:
+        """What every rank holds alike: the weights that its module computes with, under stage 3 the small ones that stay gathered."""
+        named = self._module.named_parameters()
+        return {f"published/{name}": p for name, p in named if self._stage < 3 or p.ds_persist}  # type: ignore[attr-defined]
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, whose mean over ranks is meant."""
         from deepspeed.runtime.utils import register_output_backward_hooks

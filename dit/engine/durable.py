@@ -16,10 +16,12 @@ from typing import Any
 
 import xxhash
 
+from data_pipelines.errors import UserError
 from dit.runtime import faults
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+"""Of manifest, state and names of tensors. Whoever changes it keeps reading what tests/dit/engine/format-1 holds."""
 Entry = dict[str, Any]
 """One file of a manifest: name, length, xxh3_64."""
 
@@ -62,7 +64,8 @@ def publish(staged: Path, root: Path, step: int, entries: Sequence[Entry]) -> Pa
     """Write the manifest of the sealed files of `staged`, flush, and make the folder appear under its name in one rename."""
     faults.point("save.sealed")
     with naming(staged / MANIFEST):
-        (staged / MANIFEST).write_bytes(_manifest(step, entries))
+        files = sorted(entries, key=lambda entry: str(entry["name"]))
+        (staged / MANIFEST).write_bytes(_sealed({"format": FORMAT, "step": step, "files": files}))
     _flush(staged / MANIFEST)
     _flush(staged)
     faults.point("save.manifested")
@@ -85,7 +88,10 @@ def appear(staged: Path, root: Path, step: int) -> Path:
 
 
 def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
-    """Why `folder` is not valid: one line a file, nothing if it is. Reads every `shares`-th file from number `share` on."""
+    """Why `folder` is not valid: one line a file, nothing if it is. Reads every `shares`-th file from number `share` on.
+
+    Raises UserError if it is intact and of another format: neither damage nor a reason to take an older one.
+    """
     path = folder / MANIFEST
     try:
         data = path.read_bytes()
@@ -93,12 +99,22 @@ def problems(folder: Path, share: int = 0, shares: int = 1) -> list[str]:
         return [f"{path}: {error.strerror}"]
     try:
         manifest = json.loads(data)
-        step, entries = int(manifest["step"]), list(manifest["files"])
-        canonical = _manifest(step, entries)
-    except (ValueError, KeyError, TypeError) as error:
+        canonical = _sealed({name: value for name, value in manifest.items() if name != "xxh3_64"})
+    except (ValueError, AttributeError, RecursionError) as error:
         return [f"{path}: unreadable ({error})"]
     if data != canonical:
         return [f"{path}: its checksum does not match its contents"]
+    if (found := manifest.get("format")) != FORMAT:
+        raise UserError(
+            f"{path}: a checkpoint of format {found}, expected format {FORMAT}, which this release reads and writes. It is intact: go on "
+            "with the release that wrote it, or give another `out`"
+        )
+    try:
+        step, entries = int(manifest["step"]), [{key: entry[key] for key in ("name", "length", "xxh3_64")} for entry in manifest["files"]]
+        if outside := [entry["name"] for entry in entries if Path(entry["name"]).name != entry["name"]]:
+            return [f"{path}: names files of other folders: {outside}"]
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{path}: unreadable ({error})"]
     if folder.name not in (step_folder(folder, step).name, staging_name(step)):
         return [f"{path}: written for step {step}"]
     return [problem for entry in entries[share::shares] if (problem := _file_problem(folder / str(entry["name"]), entry))]
@@ -128,11 +144,10 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _manifest(step: int, entries: Sequence[Entry]) -> bytes:
-    """The only bytes that say this: a manifest with any bit changed is not one."""
-    body: dict[str, Any] = {"format": FORMAT, "step": step, "files": sorted(entries, key=lambda entry: str(entry["name"]))}
-    body["xxh3_64"] = xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
-    return (json.dumps(body, sort_keys=True, indent=1) + "\n").encode()
+def _sealed(body: dict[str, Any]) -> bytes:
+    """The only bytes that say this: a manifest with any bit changed is not one. The same in every format."""
+    sealed = body | {"xxh3_64": xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())}
+    return (json.dumps(sealed, sort_keys=True, indent=1) + "\n").encode()
 
 
 def _file_problem(path: Path, entry: Entry) -> str | None:

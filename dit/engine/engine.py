@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dit.config import FitRun
+from dit.engine import copies
 from dit.engine.deepspeed import ZeroShards
 from dit.engine.guard import Guard, Verdict
 from dit.engine.optimizer import AdamWithEMA, ema_kinds, lr_at, parameter_groups
@@ -88,6 +89,11 @@ class Engine:
         return self.turns.of_step(self.step)
 
     @property
+    def is_called_together(self) -> bool:
+        """Whether ranks wait for each other inside the module, so that all must call it alike."""
+        return self.run.engine.zero_stage == 3 or distributed.sequence_parallel() > 1
+
+    @property
     def skipped(self) -> int:
         """Steps without effect."""
         return self.step - sum(self.taken.values())
@@ -152,6 +158,11 @@ class Engine:
     def owned(self) -> Iterator[Fragment]:
         """What this rank saves; over all ranks every element exactly once."""
         return self._views(self._shards.owned())
+
+    def compare_copies(self) -> None:
+        """Raise CopiesDiffer on all ranks unless what every rank holds whole is the same on all of them, to the last bit."""
+        if distributed.world_size() > 1:
+            copies.compare(self._shards.copies(), self.step)
 
     def restore(self, step: int, taken: Mapping[str, int], samples_seen: int) -> None:
         """Go on from `step`, after the fragments have been filled: publish the weights to the module of every rank."""

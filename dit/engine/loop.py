@@ -19,6 +19,7 @@ from dit.engine.held_out import HeldOut
 from dit.engine.metrics import Records
 from dit.engine.progress import Progress, peak_flops
 from dit.engine.saver import Saver
+from dit.engine.stragglers import Stragglers
 from dit.engine.tally import Tally, Totals
 from dit.runtime import distributed, faults, heartbeat
 from dit.runtime.losses import Losses
@@ -92,7 +93,7 @@ def fit(
     videos (B, T, H, W, 3) that it returns go to TensorBoard. judge(module, step) is called in the same way; its figures join the line of
     the step as "student".
     flops_of(pack): floating-point operations of its forward and backward pass.
-    Raises UntrustedStep, DataBudgetExceeded, UserError (disk), on all ranks.
+    Raises UntrustedStep, CopiesDiffer, DataBudgetExceeded, UserError (disk), on all ranks.
     """
     folder, train = Path(run.out), run.train
     if engine.samples_seen >= train.samples:
@@ -105,7 +106,7 @@ def fit(
         progress = Progress(train.samples, train.log_every_steps, _peak_of_all_devices(run))
         budget = BadBudget(max_bad_fraction, train.samples, records, left_out)
         budget.check(engine.samples_seen)
-        loss = None
+        stragglers, loss = Stragglers(), None
         if preview and engine.step == 0:
             _draw(preview, engine, records)
         while engine.samples_seen < train.samples:
@@ -116,6 +117,10 @@ def fit(
 
             tally = accumulate(engine, batch, losses_of, flops_of)
             totals = tally.reduce(batch.samples, batch.bad, stop.reason is not None)
+            if not engine.is_called_together:  # there one's time is everybody's
+                stragglers.add(waited + tally.own.seconds(), engine.step + 1)
+            if (engine.step + 1) % train.log_every_steps == 0:
+                engine.compare_copies()  # before the step: under ZeRO it writes all of them anew
             saver.wait_copied()  # of the step before, which this one is about to change
             outcome = engine.optimizer_step(totals.loss)
 
@@ -137,6 +142,7 @@ def fit(
             must_stop = totals.stop or budget.is_exceeded(engine.samples_seen)
             if must_stop or engine.step % train.save_every_steps == 0 or engine.samples_seen >= train.samples:
                 heartbeat.beat(engine.step, "save")
+                engine.compare_copies()
                 saver.save(engine, {**batch.position._asdict(), "left_out": budget.ids})
             if must_stop:
                 break
@@ -188,7 +194,8 @@ def accumulate(engine: Engine, batch: StepPacks, losses_of: LossesOf, flops_of: 
     faults.point("step.begun")
     tally = Tally()
     for pack in batch.packs:
-        losses = losses_of(pack, engine.samples_seen / engine.run.train.samples)
+        with tally.own:
+            losses = losses_of(pack, engine.samples_seen / engine.run.train.samples)
         engine.backward(losses.per_sample.sum(), batch.samples)
         tally.add(pack.ids, losses, flops_of(pack) if flops_of else 0.0)
     faults.point("step.accumulated")
@@ -276,8 +283,7 @@ def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, re
 def _with_averages(call: Callable[[nn.Module, int], Made], engine: Engine, records: Records) -> Made | None:
     """What `call` makes of the averaged weights; None where it is not called."""
     with engine.ema_weights() as module:
-        together = engine.run.engine.zero_stage == 3 or distributed.sequence_parallel() > 1
-        made = call(module, engine.step) if records.is_writer or together else None
+        made = call(module, engine.step) if records.is_writer or engine.is_called_together else None
         distributed.barrier()
     return made
 

@@ -47,6 +47,16 @@ class Replicas:
             if mine.size > 0:
                 yield mine
 
+    def copies(self) -> dict[str, Tensor]:
+        """What every rank holds alike, by kind and name: everything."""
+        found: dict[str, Tensor] = {f"published/{place.name}": p for p, place in self._placed}
+        for place in self.places():
+            master = self.masters[place.group]
+            for kind, whole in {"model": master, **self._optimizer.state[master]}.items():
+                if kind != "step":
+                    found[f"{kind}/{place.name}"] = whole.narrow(0, place.offset, place.size)
+        return found
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, whose mean over ranks is meant."""
         loss.backward()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.randomness import key
+from dit.engine.stragglers import OwnTime
 from dit.runtime import distributed
 from dit.runtime.losses import Losses
 
@@ -39,6 +40,7 @@ class Tally:
         self._times: list[Tensor] = []
         self._figures: defaultdict[str, list[Tensor]] = defaultdict(list)
         self.flops = 0.0
+        self.own = OwnTime()
 
     def add(self, ids: Sequence[str], losses: Losses, flops: float) -> None:
         """Count a pack: n sample `ids`, their losses, and its floating-point operations."""

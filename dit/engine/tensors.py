@@ -13,6 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from data_pipelines.errors import NoValidCheckpoint
 from dit.engine import durable
 from dit.runtime import faults
 
@@ -93,14 +94,23 @@ class Pieces:
         with ExitStack() as files:
             for path in self.paths:
                 file = files.enter_context(path.open("rb"))
-                length = int.from_bytes(file.read(8), "little")
-                for key, entry in json.loads(file.read(length)).items():
-                    address, start = key.rsplit("@", 1)
-                    kind, name = address.split("/", 1)
-                    piece = Piece(file, 8 + length + entry["data_offsets"][0], int(start), entry["shape"][0])
-                    self.by_name.setdefault((kind, name), []).append(piece)
+                try:
+                    self._note(file, path.stat().st_size)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                    raise NoValidCheckpoint(f"{path} is as its manifest says, but no safetensors file of a checkpoint: {error!r}") from None
             self._files = files.pop_all()
         return self
+
+    def _note(self, file: BinaryIO, size: int) -> None:
+        """Note what is in a file of `size` bytes."""
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        for key, entry in json.loads(file.read(length)).items():
+            address, start = key.rsplit("@", 1)
+            kind, name = address.split("/", 1)
+            piece = Piece(file, 8 + length + entry["data_offsets"][0], int(start), entry["shape"][0])
+            self.by_name.setdefault((kind, name), []).append(piece)
 
     def __exit__(self, *error: Any) -> None:
         self._files.close()

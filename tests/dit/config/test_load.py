@@ -1,5 +1,6 @@
 """Every mistake in a config is named with its place, its value, what is allowed and the nearest valid name, all at once."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -7,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_pipelines.config_file import ConfigError, load_run, save_resolved
 from data_pipelines.curation.config import IngestConfig
+from dit import cli
 from dit.config import DistillRun, EncodeRun, EvaluateRun, SampleRun, TrainRun
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,6 +23,19 @@ backbone: {hidden_size: 64, depth: 2, num_heads: 4, ffn_size: 128}
 optimizer: {lr: 1e-4}
 train: {samples: 100}
 """
+GOOD_OF = {
+    "train": GOOD,
+    "distill": """
+out: runs/y
+teacher: {run: runs/x}
+method: {name: consistency, guidance: {s: 2}}
+optimizer: {lr: 1e-4}
+train: {samples: 100}
+""",
+    "encode": "{sources: [{path: shards}], sizes: [[9, 32, 32]], out: latents}",
+    "sample": "{contestants: [{run: runs/x}], prompts: [a], size: [9, 32, 32], out: drawn}",
+    "evaluate": "{contestants: [{run: runs/x}], out: judged}",
+}
 
 
 def write(folder: Path, text: str, name: str = "run.yaml") -> str:
@@ -34,39 +50,198 @@ def test_a_good_config_loads_and_its_resolved_form_is_the_same_run(tmp_path: Pat
     assert load_run(TrainRun, str(tmp_path / "resolved.yaml")) == run
 
 
-@pytest.mark.parametrize(
-    ("override", "parts"),
-    [
-        ("optimizer.learning_rate=1", ["unknown key optimizer.learning_rate", "Allowed here", "lr"]),
-        ("optimizer.warmup_step=1", ["did you mean warmup_samples"]),
-        ("trian.seed=1", ["unknown key trian", "did you mean train"]),
-        ("optimizer.seed=1", ["did you mean train.seed"]),
-        ("optimizer.lr=-1", ["optimizer.lr is -1", "greater than 0"]),
-        ("optimizer.lr=fast", ["optimizer.lr is 'fast'", "number"]),
-        ("engine.zero_stage=7", ["engine.zero_stage is 7", "Allowed: 0, 1, 2, 3"]),
-        ("engine={gather_within: 2}", ["gather_within=2 needs zero_stage 3, got 1"]),
-        ("engine={compile: true, zero_stage: 3}", ["compile=true needs zero_stage 0, 1 or 2, got 3"]),
-        ("backbone.modulation=sharde", ["did you mean shared"]),
-        ("backbone.num_heads=5", ["hidden_size / num_heads = 64 / 5", "backbone"]),
-        (
-            "objective={name: rectified_flwo}",
-            ["objective.name is 'rectified_flwo'", "did you mean rectified_flow", "Allowed: rectified_flow"],
-        ),
-        ("encoders.latents={name: vae}", ["encoders.latents.name", "small_video_vae, pixels, diffusers"]),
-        ("preview={prompts: [], size: [1, 8, 8]}", ["preview.prompts", "at least 1"]),
-        ("data.sources.0.pth=x", ["unknown key data.sources.0.pth", "did you mean path"]),
-        ("objective.times={name: uniform, mean: 1}", ["unknown key objective.times.mean"]),
-        ("objective={path: {name: trigflow}, prediction: noise}", ["objective.prediction=noise", "t = 1", "predict velocity"]),
-        ("objective={name: ddpm, variance: learned}", ["backbone.learned_variance=False", "objective.variance"]),
-        ("objective={path: {name: vp}, weighting: {name: min_snrr}}", ["objective.weighting.name", "did you mean min_snr?"]),
-        ("objective={shift: {base_tokenz: 3}}", ["objective.shift.base_tokenz", "did you mean base_tokens"]),
-    ],
-)
-def test_an_error_names_key_place_and_way_out(tmp_path: Path, override: str, parts: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
-        load_run(TrainRun, write(tmp_path, GOOD), [override])
-    for part in [*parts, override.partition("=")[0].split(".")[0]]:
-        assert part in str(error.value), str(error.value)
+MISTAKES = {
+    "train": """
+        optimizer.learning_rate=1 | unknown key | Allowed here: betas, eps
+        optimizer.warmup_step=1 | did you mean warmup_samples
+        optimizer.shedule=cosine | did you mean schedule
+        optimizer.momentum=0.9 | unknown key
+        optimizer.seed=1 | did you mean train.seed
+        trian.seed=1 | unknown key trian
+        traning={samples: 5} | unknown key | did you mean train
+        engine.zero_stages=2 | did you mean zero_stage
+        engine.fp16=true | unknown key
+        backbone.hiden_size=64 | did you mean hidden_size
+        backbone.heads=4 | did you mean num_heads
+        backbone.modulation=sharde | did you mean shared
+        backbone.attention=window | did you mean windowed
+        backbone.name=unet | Allowed: spatiotemporal_dit
+        data.source=x | did you mean sources
+        data.sources.0.pth=x | did you mean path
+        data.batch_size=8 | unknown key
+        train.epochs=10 | unknown key
+        train.steps=10 | unknown key
+        train.save_every=10 | did you mean save_every_steps
+        ema.dekay=0.9 | did you mean decay
+        guard.on_spikes=clip | did you mean on_spike
+        preview.prompt=a | did you mean prompts
+        validation.path=x | unknown key
+        optimizer.lr=-1 | greater than 0
+        optimizer.lr=0 | greater than 0
+        optimizer.lr=fast | number
+        optimizer.lr=.nan | finite
+        optimizer.lr=.inf | finite
+        optimizer.lr=null | number
+        optimizer.lr=[1e-4] | number
+        optimizer.betas=[0.9, 1.0] | less than 1
+        optimizer.betas=[0.9] | optimizer.betas.1 | missing
+        optimizer.weight_decay=-0.1 | greater than or equal to 0
+        optimizer.warmup_samples=0.5 | integer
+        optimizer.final_lr_fraction=2 | less than or equal to 1
+        optimizer.max_grad_norm=0 | greater than 0
+        optimizer.schedule=linear | Allowed: constant, cosine
+        engine.zero_stage=7 | Allowed: 0, 1, 2, 3
+        engine.zero_stage=two | Allowed: 0, 1, 2, 3
+        engine.precision=fp16 | Allowed: fp32, bf16
+        engine.offload=cpu | Allowed: none, optimizer
+        engine.compile=maybe | boolean
+        engine.sequence_parallel=0 | greater than 0
+        engine.whole_below=-1 | greater than or equal to 0
+        ema.decay=1 | less than 1
+        ema.decay=0 | greater than 0
+        ema.sigma_rel=[0.5] | less than 0.28
+        train.samples=0 | greater than 0
+        train.samples=many | integer
+        train.samples=1.5 | integer
+        train.seed=-1 | greater than or equal to 0
+        train.save_every_steps=0 | greater than 0
+        train.keep_checkpoints=0 | greater than 0
+        train.checkpoint_store=https://bucket/run | pattern
+        train.checkpoint_store=s3:// | pattern
+        guard.window=2 | greater than or equal to 8
+        guard.on_nonfinite=ignore | Allowed: skip, rollback, stop
+        guard.max_bad_steps=-1 | greater than or equal to 0
+        data.token_budget=0 | greater than 0
+        data.packs_per_step=2.5 | integer
+        data.sources=[] | at least 1
+        data.sources=shards | list
+        data.sources.0.weight=0 | greater than 0
+        data.sizes=[[1, 8]] | data.sizes.0.2 | missing
+        data.sizes=[[1, 8, 0]] | greater than 0
+        data.size_rule={pixels: [64], aspects: [wide]} | pattern
+        data.max_bad_fraction=5 | less than or equal to 1
+        data.num_workers=-1 | greater than or equal to 0
+        data.cache={size_gb: 1} | data.cache.path | missing
+        backbone.depth=0 | greater than 0
+        backbone.patch_size=2 | tuple
+        backbone.num_heads=5 | hidden_size / num_heads = 64 / 5
+        backbone.num_heads=32 | at least 6
+        backbone.num_classes=0 | greater than 0
+        preview={prompts: [], size: [1, 8, 8]} | preview.prompts | at least 1
+        preview={prompts: a, size: [1, 8, 8]} | preview.prompts | list
+        preview={prompts: [a], size: [8, 8]} | preview.size.2 | missing
+        preview={prompts: [a], size: [1, 8, 8], sampling: {guidance: {s: 3, w: 2}}} | exactly one of s | s=3.0, w=2.0
+        preview={prompts: [a], size: [1, 8, 8], sampling: {guidance: {}}} | exactly one of s | s=None
+        preview={prompts: [a], size: [1, 8, 8], sampling: {sampler: eulr}} | preview.sampling.sampler | did you mean euler
+        validation={source: x, times: [0]} | validation.times.0 | greater than 0
+        encoders.latents={name: vae} | encoders.latents.name | small_video_vae, pixels, diffusers
+        encoders.latents={name: diffusers} | encoders.latents.path | missing
+        encoders.text={name: t5} | encoders.text.name | Allowed: small, hf
+        objective.name=rectified_flwo | did you mean rectified_flow
+        objective.huber=-1 | greater than or equal to 0
+        objective.condition_dropout=1 | less than 1
+        objective={times: {name: uniform, mean: 1}} | unknown key objective.times.mean
+        objective={times: {name: mode, scale: 2}} | objective.times.scale | less than or equal to 1.75
+        objective={shift: {base_tokenz: 3}} | objective.shift.base_tokenz | did you mean base_tokens
+        objective={path: {name: vp}, weighting: {name: min_snrr}} | objective.weighting.name | did you mean min_snr?
+        objective={path: {name: vp, beta_start: 0.5}} | beta_end = 0.02 must not be below beta_start = 0.5
+        objective={path: {name: trigflow}, prediction: noise} | objective.prediction=noise | predict velocity
+        objective={name: ddpm, variance: learned} | backbone.learned_variance=False | objective.variance
+        engine={gather_within: 2} | gather_within=2 needs zero_stage 3, got 1
+        engine={compile: true, zero_stage: 3} | compile=true needs zero_stage 0, 1 or 2, got 3
+        engine={offload: optimizer, zero_stage: 1} | offload=optimizer needs zero_stage 2 or 3, got 1
+        optimizer=1e-4 | expected keys: betas, eps
+        preview=[] | expected keys
+        encoders.text=t5 | encoders.text is 't5' | expected keys: dtype
+        out=5 | string
+        out=null | string
+    """,
+    "distill": """
+        teacher.rum=x | did you mean run
+        teacher.step=0 | greater than 0
+        teacher.weights=emma | did you mean ema
+        teacher={run: runs/t/checkpoints/step-00000500, step: 400} | run names the checkpoint of step 500, and step is 400
+        method.name=consistencyy | did you mean consistency
+        method.name=dmd | Allowed: consistency, mean_flow
+        method.phases=3 | phases=3 and student_steps=4
+        method.q=1 | greater than 1
+        method.solver=rk4 | Allowed: euler, heun
+        method.skip=2 | less than or equal to 1
+        method.critic={} | unknown key
+        method.guidance_range=[3, 2] | guidance_range=[3.0, 2.0] | expected low < high
+        method.flow=data | flow=data and guidance s=2 | data cannot be guided
+        method={name: distribution_matching, guidance: {s: 2}} | method.critic | missing
+        method={name: moment_matching, guidance: {s: 2}} engine={zero_stage: 3} | engine.zero_stage=3 | stage 2 at most
+        method={name: mean_flow, guidance: {s: 1}, derivative: difference} engine={precision: bf16} | method.derivative=difference
+        diagnosis.noises=1 | greater than or equal to 2
+        backbone={depth: 2} | unknown key backbone
+    """,
+    "encode": """
+        sources=[] | at least 1
+        sources.0.filtre=x | did you mean filter
+        sizes=null | tuple
+        sizes=[] | no size is allowed
+        dtype=bfloat16 | Allowed: float16, float32
+        batch_size=0 | greater than 0
+        executor.name=slurm | did you mean slurm-array
+        executor.share=3of4 | pattern
+        max_bad_fraction=-0.1 | greater than or equal to 0
+        train={samples: 3} | unknown key train
+    """,
+    "sample": """
+        contestants.0.runn=x | did you mean run
+        contestants.0.steps=0 | greater than 0
+        contestants=[] | at least 1
+        prompts=[] | at least 1
+        weights=average | pattern
+        weights=sigma_rel=2 | pattern
+        size=[9, 32] | size.2 | missing
+        labels=[-1] | greater than or equal to 0
+        edit={name: inpaint, input: a.png} | exactly one of mask and region | mask=None, region=None
+        edit={name: frames} | give first, last, or both
+        edit={name: sdedit, input: a.png, strength: 0} | edit.strength | greater than 0
+        edit={name: inpant, input: a.png} | edit.name | did you mean inpaint
+    """,
+    "evaluate": """
+        metrics=[{name: fid}] | metrics.0.name | Allowed: adherence, positions
+        metrics=[{name: frechet}] | metrics.0.features | missing
+        metrics=[{name: frechet, features: {name: random_conv}}] samples=10 | at least 40 samples, got samples=10
+        metrics=[{name: diversity, features: {name: random_conv}}] | per_caption to 2 or more
+        clips={name: folder, size: [1, 8, 8]} | clips.path | missing
+        clips={name: folder, path: x, size: [1, 8, 8]} | judges moving shapes alone
+        samples=7 per_caption=2 | samples=7 is no multiple of per_caption=2
+        seed=one | integer
+        out=[] | string
+    """,
+}
+"""`dotted.key=value` changes of a good config of that verb, and what must be said of them beside file, line, key and value."""
+CASES = [(verb, *line.split(" | ")) for verb, lines in MISTAKES.items() for line in textwrap.dedent(lines).strip().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1]}")
+def test_a_mistake_is_named_with_file_line_key_value_and_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: tuple[str, ...]
+) -> None:
+    verb, changes, *parts = case
+    values = yaml.safe_load(GOOD_OF[verb])
+    for change in re.split(r"(?<=[}\]\w]) (?=\w+=)", changes):
+        key, _, text = change.partition("=")
+        section, last = values, key
+        *parents, last = key.split(".")
+        for name in parents:
+            section = section[int(name)] if isinstance(section, list) else section.setdefault(name, {})
+        section[last] = value = yaml.safe_load(text)
+        parts += [last] if isinstance(value, dict | list) else [last, str(value)]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert cli.main([verb, str(tmp_path / "run.yaml"), "--check"]) == 2
+    said = capsys.readouterr().err
+    assert re.match(rf"error: \d problems? in {tmp_path}/run.yaml:\n  {tmp_path}/run.yaml", said), said
+    assert not (missing := [part for part in parts if part not in said]), f"{missing} not in:\n{said}"
+
+
+def test_the_table_of_mistakes_covers_the_roots() -> None:
+    assert len(CASES) >= 100
+    assert MISTAKES.keys() == GOOD_OF.keys()
 
 
 def test_all_problems_come_in_one_report_with_lines(tmp_path: Path) -> None:

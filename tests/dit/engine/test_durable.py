@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data_pipelines.errors import UserError
 from dit.engine import durable
+from dit.engine.checkpoint import newest_valid
 from dit.engine.engine import Fragment
 from dit.engine.saver import Saver
 
@@ -136,3 +137,22 @@ def test_room_for_all_checkpoints_that_will_be_kept_is_asked_for_at_the_start(tm
         write(tmp_path / "checkpoints", step)
     with pytest.raises(UserError, match=r"a checkpoint needs 3725290\.30 GiB"):
         Saver(run_config(str(tmp_path))).check_space(engine)
+
+
+def test_another_format_is_refused_and_no_older_checkpoint_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an older release sees the folder of a newer one: it is intact, and what came after it must not be trained again."""
+    write(tmp_path, 5)
+    monkeypatch.setattr(durable, "FORMAT", durable.FORMAT + 1)
+    newer = write(tmp_path, 6)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"step-00000006/manifest.json: a checkpoint of format 2, expected format 1.* another `out`"):
+        newest_valid(tmp_path, 0, 1)
+    (newer / "manifest.json").write_text((newer / "manifest.json").read_text().replace('"format": 2', '"format": 3'))
+    assert newest_valid(tmp_path, 0, 1) == 5, "a damaged number is damage"
+
+
+@pytest.mark.parametrize("name", ["../step-00000004/state.json", "/etc/passwd"])
+def test_a_manifest_that_names_files_elsewhere_is_not_followed(tmp_path: Path, name: str) -> None:
+    staged = durable.stage(tmp_path, 5)
+    folder = durable.publish(staged, tmp_path, 5, [{"name": name, "length": 1, "xxh3_64": "0"}])
+    assert durable.problems(folder) == [f"{folder / 'manifest.json'}: names files of other folders: {[name]}"]

@@ -19,6 +19,8 @@ from data_pipelines.errors import NoValidCheckpoint, UserError
 from dit.config import FitRun
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
+from dit.engine.copies import odd_ones
+from dit.engine.stragglers import slow_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_regression import STEP_SAMPLES, Net, pair_reference, reference, run_config
@@ -64,7 +66,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
     """The folder where every scenario has run. Five launches, for most of the time goes into starting processes."""
     root = tmp_path_factory.mktemp("engine")
     env = compilers[2]
-    launch(root, 1, "parity", "turns", **env)
+    launch(root, 1, "parity", "turns", "read_again", **env)
     launch(
         root,
         2,
@@ -77,6 +79,9 @@ def root(tmp_path_factory: pytest.TempPathFactory, compilers: tuple[Path, Path, 
         "poisoned",
         "spiking",
         "returned",
+        "diverged",
+        "straggling",
+        "read_again",
         "rotten",
         "overlapped",
         "full",
@@ -167,6 +172,15 @@ def test_a_checkpoint_of_another_world_size_and_stage_goes_on(root: Path, world:
     net, ema, _ = reference(run_config("unused"), 12)
     assert_close(weights(root, f"continued-on-{world}-{stage}", "model"), {k: v.detach() for k, v in net.named_parameters()}, ULPS)
     assert_close(weights(root, f"continued-on-{world}-{stage}", "ema"), ema, ULPS)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_of_format_1_is_read_for_ever(root: Path, world: int, stage: int) -> None:
+    """Whoever changes the format keeps this: convert what is read, and add a folder of the new one. `written` in worker.py made it."""
+    net, ema, _ = reference(run_config("unused"), 4)
+    assert_close(weights(root, f"format-1-on-{world}-{stage}", "model"), {k: v.detach() for k, v in net.named_parameters()}, ULPS)
+    assert_close(weights(root, f"format-1-on-{world}-{stage}", "ema"), ema, ULPS)
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +283,27 @@ def test_a_step_that_is_no_number_is_dropped_alone_and_written_down(root: Path, 
         assert [sample["id"] for sample in samples if sample["loss"] == "nan"] == ["shard-1/2-0"]
         assert len(samples) == STEP_SAMPLES
         assert [len(grids) for rank in record["ranks"] for grids in rank["grids"]] == [3, 5, 1, 7]
+
+
+@pytest.mark.parametrize(("held", "odd"), [([7, 7, 8, 7], [2]), ([1, 5, 5, 2], [0, 3]), ([3, 4], [0, 1]), ([1, 1, 2, 2], [0, 1, 2, 3])])
+def test_ranks_that_hold_something_else_are_named(held: list[int], odd: list[int]) -> None:
+    """That all ranks stop, with names, when one bit of one of them is flipped is asserted in the processes: scenario `diverged`."""
+    assert odd_ones(held) == odd
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ([1.0, 1.1, 0.9, 1.2], []),
+        ([1.0, 1.0, 1.4, 1.0], []),
+        ([1.0, 1.0, 1.5, 1.0], [(2, 1.5)]),
+        ([1.0, 2.0], [(1, 2.0)]),
+        ([2.0, 2.0, 8.0, 1.0, 3.0], [(2, 4.0), (4, 1.5)]),
+    ],
+)
+def test_a_slow_rank_is_told_from_an_uneven_one(seconds: list[float], slow: list[tuple[int, float]]) -> None:
+    """That a rank which is slow in fact is named, and no other, is asserted in the processes: scenario `straggling`."""
+    assert slow_ranks(seconds) == slow
 
 
 def test_a_rollback_leaves_one_line_a_step(root: Path) -> None:

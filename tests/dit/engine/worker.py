@@ -4,11 +4,12 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 from data_pipelines.errors import UserError
 from dit.engine import checkpoint, durable, loop
+from dit.engine.copies import CopiesDiffer
 from dit.engine.engine import Engine
 from dit.engine.guard import UntrustedStep
 from dit.engine.held_out import HeldOut
@@ -26,6 +28,7 @@ from dit.engine.loop import FitResult, fit
 from dit.engine.optimizer import average, ema_betas, ema_kinds
 from dit.engine.saver import Saver
 from dit.runtime import distributed
+from dit.runtime.losses import Losses
 
 sys.path.insert(0, str(Path(__file__).parent))
 from toy_regression import PACK_SIZES, STEP_SAMPLES, Pack, Pair, Step, losses_of, new_net, pair_losses, pair_turns, run_config, stream
@@ -400,6 +403,76 @@ def ruined() -> None:
 
 def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(p, expected[key]) for key, p in got.items())
+
+
+def diverged() -> None:
+    """One bit of one weight of the last rank is another, at every stage: all ranks stop at the next comparison, and nothing is saved."""
+    shared = [(0, {}), (1, {}), (2, {}), (2, {"precision": "bf16"}), (0, {"precision": "bf16"}), (3, {"whole_below": 12})]
+    for stage, engine in shared:
+        found_after(2, "published/inner.bias", lambda engine: flip(engine.module.inner.bias), engine={"zero_stage": stage, **engine})
+    never = {"log_every_steps": 100, "save_every_steps": 4}
+    found_after(4, "ema/inner.weight", lambda engine: flip(ema_of(engine, "inner.weight"), 20), engine={"zero_stage": 0}, train=never)
+
+
+def found_after(step: int, name: str, harm: Callable[[Engine], None], **changes: dict[str, object]) -> None:
+    """`harm` on the last rank in the third step ends the run after `step` steps, and names `name` and both ranks."""
+    folder = ROOT / "diverged"
+    engine = new_engine(folder, **changes)
+    harmed: list[None] = []
+
+    def losses_here(pack: Pack, progress: float) -> Losses:
+        losses = losses_of(engine.module, pack)
+        if engine.step == 2 and distributed.rank() == 1 and not harmed:
+            harm(engine)
+            harmed.append(None)
+        return losses
+
+    with pytest.raises(CopiesDiffer, match=f"after step {step}: {name} of rank 0 on .*, rank 1 on "):
+        fit(engine.run, engine, steps_from(0), losses_here, max_bad_fraction=1.0)
+    assert engine.step == step
+    assert not durable.published(folder / "checkpoints")
+
+
+def flip(tensor: torch.Tensor, bit: int = 0) -> None:
+    """Change one bit of the fourth element; the lowest is a relative difference of 1e-7 in float32."""
+    tensor.data.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])[3] ^= 1 << bit
+
+
+def ema_of(engine: Engine, name: str) -> torch.Tensor:
+    return next(f.views["ema"] for f in engine.fragments() if f.name == name)
+
+
+def straggling() -> None:
+    """The last rank sleeps for 0.1 s in each step: the first says so once a window, and of nobody else."""
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dit.engine.stragglers").addHandler(listener)
+    engine = new_engine(ROOT / "straggling", train={"samples": 30 * STEP_SAMPLES, "save_every_steps": 100})
+
+    def losses_here(pack: Pack, progress: float) -> Losses:
+        time.sleep(0.05 * distributed.rank())
+        return losses_of(engine.module, pack)
+
+    fit(engine.run, engine, steps_from(0), losses_here, max_bad_fraction=1.0)
+    assert len(said) == (distributed.rank() == 0), said
+    assert all(re.match(r"steps 1-25: rank 1 on \S+ is slow", line) for line in said), said
+
+
+def written() -> None:
+    """How tests/dit/engine/format-1 was made, once for all: `python tests/dit/engine/worker.py tests/dit/engine/format-1 written`."""
+    engine = new_engine(ROOT)
+    take(engine, 2)
+    save(engine, ROOT)
+
+
+def read_again() -> None:
+    """A checkpoint of format 1, as the first release with that format wrote it, goes on for two steps."""
+    for stage in (1, 3):
+        engine, start = resumed(Path(__file__).parent / "format-1", engine={"zero_stage": stage})
+        assert (engine.step, start, engine.samples_seen) == (2, 2, 2 * STEP_SAMPLES)
+        take(engine, 2)
+        dump(engine, f"format-1-on-{distributed.world_size()}-{stage}")
 
 
 def rotten() -> None:
