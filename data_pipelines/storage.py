@@ -162,7 +162,7 @@ def announce(address: str, members: Mapping[str, Member]) -> None:
     if path is None or not hasattr(os, "posix_fadvise"):
         return
     with suppress(OSError):  # whoever reads it will say so
-        file = os.open(path, os.O_RDONLY)
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not hold the pack up
         try:
             for offset, length in _ranges(members):
                 os.posix_fadvise(file, offset, length, os.POSIX_FADV_WILLNEED)
