@@ -6,6 +6,8 @@ VENV   ?= .venv
 PIP_FLAGS ?= --disable-pip-version-check
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Packages are compiled when they are first imported. An environment that forbids to keep the result would pay for it in every process.
+export PYTHONDONTWRITEBYTECODE :=
 .PHONY: demo test test-slow lint clean
 demo: $(STAMP)
 	@$(BIN)/dit demo $(DEMO)

@@ -42,10 +42,10 @@ class Progress:
         return f"{self.label}  {self.done}/{self.total}{unit}  {rate:.3g}/s  {rest}{'  ' + note if note else ''}"
 
 
-def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items` and print progress; `total` is needed where they have no length."""
+def track(items: Iterable[Item], label: str, total: int | None = None, *, silent: bool = False) -> Iterator[Item]:
+    """Yield `items` and print progress unless `silent`; `total` is needed where they have no length."""
     known = list(items) if total is None and not hasattr(items, "__len__") else items
-    progress = Progress(total if total is not None else len(known), label)  # type: ignore[arg-type]
+    progress = Progress(total if total is not None else len(known), label, silent=silent)  # type: ignore[arg-type]
     for item in known:
         yield item
         progress.advance()

@@ -97,6 +97,7 @@ def stages(out: Path, ranks: int) -> list[Stage]:
             "check the samples against their captions",
             (*dit, "evaluate", str(CONFIGS / "evaluate.yaml"), f"out={out}/evaluation", f"contestants={json.dumps(contestants)}"),
             out / "evaluation" / "results.json",
+            ranks,
         ),
     ]
 

@@ -48,7 +48,8 @@ class Split:
 
 
 def main(run: EvaluateRun) -> int:
-    """Draw clips with every contestant; write results.json, a table and contact sheets to `out`."""
+    """Draw clips with every contestant; write results.json, a table and contact sheets to `out`. Processes share the batches."""
+    distributed.init_if_launched()
     _check_size(run)
     folder = make_folder(run.out, "out")
     opened = [TrainedRun.open(contestant.run, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
@@ -56,6 +57,8 @@ def main(run: EvaluateRun) -> int:
     splits = [_open_split(run, name, metrics) for name in splits_of(run.clips)]
     floor = {"name": "reference", "subject": None, "seconds_per_clip": None, "figures": {split.name: split.floor for split in splits}}
     judged = [_judge(run, index, trained, metrics, splits, folder) for index, trained in enumerate(opened)]
+    if distributed.rank() > 0:
+        return 0
     results: Results = {"protocol": _protocol(run, metrics, splits), "rows": [*judged, floor]}
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
@@ -91,19 +94,21 @@ def _protocol(run: EvaluateRun, metrics: Sequence[Metric], splits: Sequence[Spli
 
 def _open_split(run: EvaluateRun, name: Literal["train", "held_out", "all"], metrics: Sequence[Metric]) -> Split:
     source = clips_of(run.clips, name, run.samples // run.per_caption, run.per_caption, run.seed)
-    digest, seen = xxhash.xxh3_128(), list[Clip]()
+    digest, seen, parts = xxhash.xxh3_128(), list[Clip](), _parts(run)
 
-    def noted(batches: Iterable[list[Clip]]) -> Iterator[Batch]:
-        for clips in batches:
+    def own(label: str) -> Iterator[Batch]:
+        """All clips are read, for what they are is part of the protocol; those of this process are measured."""
+        mine = distributed.share(len(parts))
+        for number, part in enumerate(_tracked(parts, f"{label} clips, {name}")):
+            clips = _take(source, part.stop - part.start, run)
             for clip in clips:
                 digest.update(clip.video.numpy().tobytes() + clip.caption.encode())
                 seen.append(Clip(clip.video[:0], clip.caption, clip.label))
-            yield Batch(torch.stack([clip.video for clip in clips]), [clip.caption for clip in clips], None)
+            if number in mine:
+                yield Batch(torch.stack([clip.video for clip in clips]), [clip.caption for clip in clips], None)
 
     def measured(label: str) -> list[Tensor | None]:
-        batches = [min(run.batch_size, run.samples - first) for first in range(0, run.samples, run.batch_size)]
-        taken = (_take(source, count, run) for count in track(batches, f"{label} clips, {name}"))
-        return _rows(metrics, noted(taken))
+        return _rows(metrics, own(label))
 
     reference = measured("reference")
     shapes = isinstance(run.clips, ShapesClips)
@@ -120,18 +125,31 @@ def _take(source: Iterator[Clip], count: int, run: EvaluateRun) -> list[Clip]:
     return clips
 
 
+def _parts(run: EvaluateRun) -> list[slice]:
+    """The samples of each batch."""
+    return [slice(first, min(first + run.batch_size, run.samples)) for first in range(0, run.samples, run.batch_size)]
+
+
+def _tracked(parts: Sequence[slice], label: str) -> Iterator[slice]:
+    return track(parts, label, silent=distributed.rank() > 0)
+
+
 def _rows(metrics: Sequence[Metric], batches: Iterable[Batch]) -> list[Tensor | None]:
-    """Rows of all clips under each metric; metrics that have the same rows share them."""
+    """Rows of all clips of all processes under each metric, from this one's batches; metrics that have the same rows share them."""
     parts: dict[object, list[Tensor]] = {metric.rows: [] for metric in metrics}
     for batch in batches:
         for rows, collected in parts.items():
             if (values := rows(batch)) is not None:  # type: ignore[operator]
                 collected.append(values.cpu())
-    return [torch.cat(parts[metric.rows]) if parts[metric.rows] else None for metric in metrics]
+    whole = {rows: distributed.gather_rows(torch.cat(collected) if collected else None) for rows, collected in parts.items()}
+    return [whole[metric.rows] for metric in metrics]
 
 
 def _figures(metrics: Sequence[Metric], rows: Sequence[Tensor | None], reference: Sequence[Tensor | None], repeats: int) -> FigureTable:
+    """On the first process, which writes them; the others would only compute them too."""
     table: FigureTable = {}
+    if distributed.rank() > 0:
+        return table
     for metric, mine, theirs in zip(metrics, rows, reference, strict=True):
         if mine is not None:
             device = distributed.device()  # decompositions of thousands of features
@@ -151,13 +169,14 @@ def _judge(
     backbone = trained.backbone(encoders, contestant.step, run.weights, device)
     sampling = trained.sampling_for(contestant)
     keys = sample_keys(run.seed, run.samples)
-    parts = [slice(first, first + run.batch_size) for first in range(0, run.samples, run.batch_size)]
+    parts = _parts(run)
+    own = [parts[number] for number in distributed.share(len(parts))]
     keep = index == 0 and any(isinstance(metric, FidelityConfig) for metric in run.metrics)
 
     def drawn(split: Split, label: str, shown: list[Tensor]) -> Iterator[Batch]:
         labels = _labels(run, trained, split)
         check_request(encoders, trained.base, split.captions, labels, size, "clips.")
-        for number, part in enumerate(track(parts, label)):
+        for number, part in enumerate(_tracked(own, label)):
             captions, classes = split.captions[part], None if labels is None else labels[part]
             videos = draw(backbone, encoders, trained.base, captions, classes, size, sampling, keys[part], trained.flow)
             shown += [videos] if sum(map(len, shown)) < SHOWN else []
@@ -169,11 +188,13 @@ def _judge(
         stem, shown = f"{trained.path.name}-{sampling.sampler}{sampling.steps}-{split.name}", list[Tensor]()
         rows = _rows(metrics, drawn(split, stem, shown))
         figures[split.name] = _figures(metrics, rows, split.reference, run.per_caption)
-        contact_sheet(torch.cat(shown)[:SHOWN], _marked(split.captions[:SHOWN], metrics, rows), folder / f"{stem}.png")
+        if distributed.rank() == 0:
+            clips = torch.cat(shown)[:SHOWN]
+            contact_sheet(clips, _marked(split.captions[: len(clips)], metrics, rows), folder / f"{stem}.png")
     name = f"{trained.path.name} {sampling.sampler} {sampling.steps} s={sampling.guidance.scale:g}"
     weights = {"step": contestant.step, "weights": run.weights, "checkpoint": hash_of_weights(backbone)}
     subject = {"run": str(trained.path), **weights, "sampling": sampling.model_dump(mode="json")}
-    seconds = (time.monotonic() - start) / (len(splits) * run.samples)
+    seconds = (time.monotonic() - start) * distributed.world_size() / (len(splits) * run.samples)  # of one process
     return {"name": name, "subject": subject, "seconds_per_clip": seconds, "figures": figures}
 
 

@@ -23,13 +23,19 @@ FPS = 8.0
 
 
 def main(run: SampleRun) -> int:
-    """Draw every prompt with every contestant; write one file each, a contact sheet and (for videos) a grid that plays."""
+    """Draw every prompt with every contestant; write one file each, a contact sheet and (for videos) a grid that plays.
+
+    Processes share the batches, and the first one writes.
+    """
+    distributed.init_if_launched()
     if run.edit is not None:
         for index, contestant in enumerate(run.contestants):
             trained = TrainedRun.open(contestant.run, f"contestants.{index}.run")
             check_edit(run.edit, trained, trained.sampling_for(contestant), f"contestants.{index}")
     folder = make_folder(run.out, "out")
     drawn = [_draw(run, contestant, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
+    if distributed.rank() > 0:
+        return 0
     for name, videos in drawn:
         _write_files(videos, folder / name.replace(" ", "_"), exact=run.edit is not None)
     names = [f"{name}: {prompt}" if len(drawn) > 1 else prompt for prompt in run.prompts for name, _ in drawn]
@@ -59,9 +65,11 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
     grid = check_patch(encoders.latent_size(run.size, "size"), trained.base.backbone.patch_size)
     times = visited(trained.base, backbone, sampling, grid, trained.flow)[:-1].tolist()
     at = ", ".join(f"{t:.3g}" for t in (times if len(times) <= 8 else (*times[:3], *times[-3:])))
-    print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}, from t = {at}")
+    if distributed.rank() == 0:
+        print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}, from t = {at}")
     keys = sample_keys(run.seed, len(run.prompts))
     parts = [slice(first, first + run.batch_size) for first in range(0, len(run.prompts), run.batch_size)]
+    own = [parts[number] for number in distributed.share(len(parts))]
 
     def window(part: slice, edit: Edit | None, keys: list[int]) -> Tensor:
         labels = run.labels and run.labels[part]
@@ -69,9 +77,11 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
 
     videos = [
         extend(partial(window, p), edit, keys[p]) if edit and isinstance(run.edit, Extend) else window(p, edit, keys[p])
-        for p in track(parts, f"sampling {trained.path.name}")
+        for p in track(own, f"sampling {trained.path.name}", silent=distributed.rank() > 0)
     ]
-    return f"{trained.path.name} {sampling.steps} steps", torch.cat(videos)
+    together = distributed.gather_rows(torch.cat(videos) if videos else None)
+    assert together is not None, "a config has a prompt"
+    return f"{trained.path.name} {sampling.steps} steps", together
 
 
 def _write_files(videos: Tensor, folder: Path, exact: bool) -> None:

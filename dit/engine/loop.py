@@ -119,18 +119,12 @@ def fit(
             totals = tally.reduce(batch.samples, batch.bad, stop.reason is not None)
             if not engine.is_called_together:  # there one's time is everybody's
                 stragglers.add(waited + tally.own.seconds(), engine.step + 1)
-            if (engine.step + 1) % train.log_every_steps == 0:
-                engine.compare_copies()  # before the step: under ZeRO it writes all of them anew
-            saver.wait_copied()  # of the step before, which this one is about to change
-            outcome = engine.optimizer_step(totals.loss)
+            outcome = _update(engine, totals, saver)
 
             loss = totals.loss
             progress.add(loss, batch.samples, time.perf_counter() - started, waited, totals.flops, outcome.network)
-            is_due = validate and run.validation and engine.step % run.validation.every_steps == 0
-            losses = validate(engine.module) if validate and is_due else None
-            student = _with_averages(judge, engine, records) if judge and engine.step % judge.every_steps == 0 else None
-            failures = {"uploads_failed": saver.uploads_failed} if saver.uploads_failed else {}
-            _record(records, progress, engine, totals, outcome, losses, student, failures)
+            figures = _evaluate(run, engine, records, validate, judge)
+            _record(records, progress, engine, totals, outcome, figures, saver.failures)
             if outcome.verdict.action != "take":
                 answer(outcome, engine, records, saver, tally, batch)
             found = budget.spend(totals.bad, batch.bad, engine.step)
@@ -229,39 +223,55 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
         )
 
 
+def _update(engine: Engine, totals: Totals, saver: Saver) -> Outcome:
+    """The optimizer step, once nothing else needs the weights as they were."""
+    if (engine.step + 1) % engine.run.train.log_every_steps == 0:
+        engine.compare_copies()  # before the step: under ZeRO it writes all of them anew
+    saver.wait_copied()  # of the step before, which this one is about to change
+    return engine.optimizer_step(totals.loss)
+
+
+def _evaluate(
+    run: FitRun, engine: Engine, records: Records, validate: Callable[[nn.Module], HeldOut] | None, judge: Judge | None
+) -> dict[str, Any]:
+    """Figures of the weights as they are now that are due after this step, for its line; their curves are drawn."""
+    figures: dict[str, Any] = {}
+    if validate and run.validation and engine.step % run.validation.every_steps == 0:
+        figures["held_out"] = held_out.compared(validate(engine.module), records.held_out)
+        cells = figures["held_out"]["cells"]
+        records.scalars({f"val/{name}": value for name, value in held_out.scalars(cells).items()}, engine.step)
+        if records.is_writer:
+            log.info("held-out loss %.4g: %s", cells["all"]["loss"], held_out.in_words(cells["all"]))
+    if judge and engine.step % judge.every_steps == 0:
+        student = _with_averages(judge, engine, records) or {}  # one rank may judge for all
+        figures["student"] = {name: value if value is not None and math.isfinite(value) else None for name, value in student.items()}
+        records.scalars({f"student/{name}": value for name, value in figures["student"].items() if value is not None}, engine.step)
+    return figures
+
+
 def _record(
     records: Records,
     progress: Progress,
     engine: Engine,
     totals: Totals,
     outcome: Outcome,
-    losses: HeldOut | None,
-    student: Mapping[str, float | None] | None,
+    figures: Mapping[str, Any],
     failures: Mapping[str, int],
 ) -> None:
     measured = {"loss": totals.loss, "grad_norm": outcome.grad_norm, "lr": engine.lr, **totals.figures}
-    figures = {name: value if math.isfinite(value) else None for name, value in measured.items()}  # JSON has no NaN
     line: dict[str, Any] = {
         "step": engine.step,
         "samples_seen": engine.samples_seen,
-        **figures,
+        **{name: value if math.isfinite(value) else None for name, value in measured.items()},  # JSON has no NaN
         "ids_hash": totals.ids_hash,
         "bad": totals.bad,
         **failures,
+        **figures,
     }
     if outcome.network:
         line["network"] = outcome.network
     if outcome.verdict.action != "take":
         line["guard"] = outcome.verdict.action
-    if losses:
-        line["held_out"] = held_out.compared(losses, records.held_out)
-        cells = line["held_out"]["cells"]
-        records.scalars({f"val/{name}": value for name, value in held_out.scalars(cells).items()}, engine.step)
-        if records.is_writer:
-            log.info("held-out loss %.4g: %s", cells["all"]["loss"], held_out.in_words(cells["all"]))
-    if student:
-        line["student"] = {name: value if value is not None and math.isfinite(value) else None for name, value in student.items()}
-        records.scalars({f"student/{name}": value for name, value in line["student"].items() if value is not None}, engine.step)
     records.step(line)
     bins = {f"loss_t/{name}": value for name, value in totals.bins.items()}
     folder = f"train/{outcome.network}" if outcome.network else "train"

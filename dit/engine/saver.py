@@ -90,9 +90,9 @@ class Saver:
             distributed.on_first(lambda: self._store.settle() if self._store else None)
 
     @property
-    def uploads_failed(self) -> int:
-        """How many checkpoints could not be uploaded; known to the first rank."""
-        return self._store.failed if self._store else 0
+    def failures(self) -> dict[str, int]:
+        """How many checkpoints could not be uploaded, if any, as "uploads_failed"; known to the first rank."""
+        return {"uploads_failed": self._store.failed} if self._store and self._store.failed else {}
 
     def _copy(self, views: Mapping[str, Tensor], computed: torch.cuda.Event | None) -> None:
         """Fill buffers in host memory, the same each time. computed: when a GPU has what is to be copied; None on the CPU."""

@@ -5,6 +5,7 @@ Must not know what is trained. Everything answers for a single process as well, 
 
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -41,6 +42,12 @@ def init(sequence_parallel: int = 1) -> None:
             f"{sequence_parallel} processes, or change engine.sequence_parallel"
         )
     _pack_group = dist.new_subgroups(sequence_parallel, timeout=TIMEOUT)[0] if sequence_parallel > 1 else None
+
+
+def init_if_launched() -> None:
+    """Join the process group if a launcher started several processes; a process that is alone needs none, nor DeepSpeed."""
+    if max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1:
+        init()
 
 
 def _join() -> None:
@@ -84,6 +91,28 @@ def data_rank() -> int:
 def data_world_size() -> int:
     """Into how many shares the packs of a step are dealt."""
     return world_size() // sequence_parallel()
+
+
+def share(count: int) -> range:
+    """Which of `count` pieces of work this process does: successive ones, the first process the first, and never fewer than another."""
+    first, end = (math.ceil(count * number / world_size()) for number in (rank(), rank() + 1))
+    return range(first, end)
+
+
+def gather_rows(rows: Tensor | None) -> Tensor | None:
+    """The rows (n, ...) of every process, in the order of ranks, on the CPU of each. None: this one has none; of all, there are none."""
+    facts = gather_json(None if rows is None else [len(rows), list(rows.shape[1:]), str(rows.dtype).removeprefix("torch.")])
+    known = [fact for fact in facts if fact is not None]
+    if world_size() == 1 or not known:
+        return None if rows is None else rows.cpu()
+    shape, dtype = known[0][1], getattr(torch, known[0][2])
+    lengths = [0 if fact is None else fact[0] for fact in facts]
+    padded = torch.zeros(max(lengths), *shape, dtype=dtype, device=device())
+    if rows is not None:
+        padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length].cpu() for part, length in zip(parts, lengths, strict=True)])
 
 
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:

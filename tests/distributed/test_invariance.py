@@ -1,5 +1,6 @@
 """A run is the same whatever it runs on: processes, accumulation, loader workers and ZeRO stage change no sample and no draw."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,26 @@ def test_a_student_with_a_critic_is_the_same_on_more_processes(
     assert [line["network"] for line in spread] == ["critic", "student"] * 3
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in spread] == pytest.approx([line[key] for line in alone], rel=10 * FLOAT32_SUMS)
+
+
+def test_what_is_drawn_and_judged_is_that_of_one_process(forks: Forks, teacher: Path, tmp_path: Path) -> None:
+    """Of four processes that share three batches one has none."""
+    contestants = [{"run": str(teacher), "steps": 2}]
+    prompts = [f"a large {colour} disc moving right quickly near the top" for colour in ("red", "blue", "green")]
+    metrics = [{"name": "adherence"}, *({"name": name, "features": {"name": "random_conv"}} for name in ("frechet", "fidelity"))]
+    configs: dict[str, dict[str, Any]] = {
+        "sample": {"prompts": prompts, "size": [9, 32, 32], "batch_size": 1, "contestants": contestants},
+        "evaluate": {"samples": 40, "batch_size": 16, "metrics": metrics, "contestants": contestants * 2},
+    }
+    for verb, config in configs.items():
+        (tmp_path / f"{verb}.yaml").write_text(json.dumps(config))
+        for ranks in (1, 4):
+            forks.run(verb, str(tmp_path / f"{verb}.yaml"), f"out={tmp_path}/{verb}-{ranks}", ranks=ranks).ok()
+    drawn, shared = ({path.name: path.read_bytes() for path in (tmp_path / f"sample-{n}").rglob("*.*")} for n in (1, 4))
+    assert drawn == shared
+    assert len(drawn) == 3 + 4  # clips; sheet, two grids, prompts
+    judged, together = (json.loads((tmp_path / f"evaluate-{n}" / "results.json").read_text()) for n in (1, 4))
+    assert judged["protocol"] == together["protocol"]
+    for alone, of_four in zip(judged["rows"], together["rows"], strict=True):
+        assert alone["figures"] == of_four["figures"]
+        assert alone["figures"]["train"]["frechet/random_conv"]["count"] == 40

@@ -1,6 +1,5 @@
 """The upsampling stage: against the exact conditional of Gaussian data, and on procedural shapes."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
