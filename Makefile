@@ -13,7 +13,7 @@ demo: $(STAMP)
 	@$(BIN)/dit demo $(DEMO)
 
 test: $(STAMP) lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	@$(BIN)/python -m pytest -m slow --timeout=3000
