@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=32_000, help="training clips of each method (default: %(default)s)")
     parser.add_argument("--clips", type=int, default=120, help="judged clips of each kind of captions (default: %(default)s)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which (default: all)")
     parser.add_argument("--out", type=Path, default=Path("runs/paths"), help="folder of all results (default: %(default)s)")
     options = parser.parse_args()
     out, judged = options.out, []
@@ -48,8 +49,8 @@ def main() -> None:
     if not (out / "shards" / "manifest.json").is_file():
         command("data_pipelines", "shapes", f"{out}/shards", "--clips", "3072", "--split", "train", "--shard-samples", "512")
     command("dit", "encode", "configs/demo/encode.yaml", f"sources=[{{path: {out}/shards}}]", f"out={out}/latents")
-    for name, method in METHODS.items():
-        objective = f"objective={{name: diffusion, times: {LEVELS}, {method}}}"
+    for name in options.methods:
+        objective = f"objective={{name: diffusion, times: {LEVELS}, {METHODS[name]}}}"
         data, budget = f"data.sources=[{{path: {out}/latents}}]", f"train.samples={options.samples}"
         command("dit", "train", "configs/demo/train.yaml", f"out={runs}/{name}", data, budget, objective, "validation=null", "preview=null")
         judged.append({"run": f"{runs}/{name}", "sampling": SAMPLING})
