@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ KEPT: list[object] = []
 
 def held() -> int:
     """Bytes of all storages that tensors of this process refer to."""
+    time.sleep(0.2)  # gloo's threads let go of what they sent a moment after it has arrived
     gc.collect()
     sizes = {}
     for thing in gc.get_objects():
