@@ -1,6 +1,6 @@
 """How much an upsampling stage adds to shapes of 8 x 8 pixels, and what noise on what it is told is worth when a first stage drew them.
 
-python tests/benchmarks/cascade.py --steps 900
+python tests/benchmarks/cascade.py --steps 3000
 
 Held-out shapes at 32 x 32 pixels. What the first stage draws is near a known picture, for it is drawn from one (SDEdit at 0.3).
 """
@@ -46,9 +46,9 @@ def objective() -> Regression:
 def train(stage: Objective, data: Tensor, patch: Grid, channels: int, steps: int) -> SpatioTemporalDiT:
     """A small backbone after `steps` steps of 16 pictures."""
     torch.manual_seed(0)
-    config = SpatioTemporalDiTConfig(hidden_size=96, depth=4, num_heads=4, ffn_size=192, patch_size=patch)
+    config = SpatioTemporalDiTConfig(hidden_size=192, depth=3, num_heads=4, ffn_size=384, patch_size=patch)
     network = build_backbone(config, channels=channels, text_width=4)
-    optimizer = torch.optim.Adam(network.parameters(), 4e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1.02 - step / steps))
     for step in range(steps):
         batch = pack(data[torch.randint(0, len(data), (16,))], 16 * step, patch)
