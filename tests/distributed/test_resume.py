@@ -157,4 +157,7 @@ def test_another_world_size_and_stage_after_each_kill(forks: Forks, tmp_path: Pa
     whole, found = metrics(tmp_path / "whole"), metrics(tmp_path / "moved")
     assert len(found) == STEPS
     assert [line["ids_hash"] for line in found] == [line["ids_hash"] for line in whole]
-    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in whole], rel=FLOAT32_SUMS)
+    losses = pytest.approx(
+        [line["loss"] for line in whole], rel=FLOAT32_SUMS, abs=FLOAT32_SUMS
+    )  # of moments, one may be near zero: it has signs
+    assert [line["loss"] for line in found] == losses
