@@ -46,7 +46,8 @@ def init(sequence_parallel: int = 1) -> None:
 
 def init_if_launched() -> None:
     """Join the process group if a launcher started several processes; a process that is alone needs none, nor DeepSpeed."""
-    if max(int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) > 1:
+    name = "WORLD_SIZE" if "RANK" in os.environ else "SLURM_STEP_NUM_TASKS"  # a size alone is no launcher's, and nobody would come
+    if int(os.environ.get(name, "1")) > 1:
         init()
 
 
