@@ -61,7 +61,7 @@ class Saver:
         self.finish()
         faults.point("save.begun")
         views = {f"{kind}/{f.name}@{f.start}": view for f in engine.owned() for kind, view in f.views.items()}
-        state = state_of(engine, position)
+        state = json.dumps(state_of(engine, position), indent=1)  # as of now: training goes on while it is written
         if not self.train.async_save:
             self._write(engine.step, views, state)
             return self.finish()
@@ -110,7 +110,7 @@ class Saver:
         finally:
             self._copied.set()
 
-    def _write(self, step: int, views: Mapping[str, Tensor], state: Mapping[str, Any], computed: torch.cuda.Event | None = None) -> None:
+    def _write(self, step: int, views: Mapping[str, Tensor], state: str, computed: torch.cuda.Event | None = None) -> None:
         rank, world = distributed.rank(), distributed.world_size()
         staged = self.root / durable.staging_name(step)
         path = staged / f"rank-{rank:05d}-of-{world:05d}.safetensors"
@@ -130,10 +130,10 @@ class Saver:
                 shutil.rmtree(staged, ignore_errors=True)
             self._error = error
 
-    def _publish(self, staged: Path, step: int, entries: list[durable.Entry], state: Mapping[str, Any]) -> None:
+    def _publish(self, staged: Path, step: int, entries: list[durable.Entry], state: str) -> None:
         path = staged / "state.json"
         with durable.naming(path):
-            path.write_text(json.dumps(state, indent=1) + "\n")
+            path.write_text(state + "\n")
         durable.publish(staged, self.root, step, [*entries, durable.seal(path)])
         durable.retain(self.root, self.train.keep_checkpoints, newest_valid=step, every=self.train.keep_every_steps)
         faults.point("save.retained")
@@ -179,7 +179,7 @@ def state_of(engine: Engine, position: Position) -> dict[str, Any]:
     return {
         "format": durable.FORMAT,
         "step": engine.step,
-        "taken": dict(engine.taken),  # as of now: it is written while training goes on
+        "taken": engine.taken,
         "samples_seen": engine.samples_seen,
         "position": position,
         "guard": engine.guard.state(),

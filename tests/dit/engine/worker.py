@@ -515,6 +515,13 @@ def overlapped() -> None:
     assert_equal(saved, kept[1])
     assert not torch.equal(saved["outer.bias"], weights_of(engine.module)["outer.bias"])
 
+    left_out = ["found before"]
+    with SlowSaver(engine.run) as saver:
+        saver.save(engine, {"left_out": left_out})
+        left_out.append("found by the next step")
+    state = ROOT / "overlapped/checkpoints/step-00000002/state.json"
+    assert json.loads(state.read_text())["position"] == {"left_out": ["found before"]}
+
 
 def full() -> None:
     """The disk of the last rank takes no more: nobody hangs, nothing is published, the last checkpoint stays."""
