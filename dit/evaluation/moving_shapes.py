@@ -40,7 +40,10 @@ LOCAL_MARGIN = 1.5  # pixels by which that square exceeds the shape
 SMOOTH_TOLERANCE = 0.25  # pixels, RMS distance of the centroids from the straight line
 OFFSETS = (-0.3, 0.0, 0.3)  # pixels, tried along each axis when refitting
 
-_CANDIDATES = tuple(itertools.product(SHAPES, RADII, OFFSETS, OFFSETS))
+REACH = 9  # pixels around the pixel of a centre that any candidate may cover: the largest radius, a half, an offset, and one more
+
+_KINDS = tuple(itertools.product(SHAPES, RADII))
+_SHIFTS = np.array(tuple(itertools.product(OFFSETS, OFFSETS)))  # 9 2
 
 
 @dataclass(frozen=True)
@@ -142,25 +145,28 @@ def _refit(contrast: np.ndarray, trajectory: np.ndarray) -> tuple[str, str, str,
     Each candidate is scored with its best colour, which is linear least squares; the residual that is returned is
     the one with the palette colour nearest to it.
     """
-    pixels = contrast.reshape(-1, 3)
-    masks = np.stack(  # M THW
-        [coverage(shape, RADII[size], trajectory + (dx, dy)).reshape(-1) for shape, size, dx, dy in _CANDIDATES]
+    corners = np.clip(np.floor(trajectory) - REACH, 0, SIDE - 2 * REACH - 1).astype(int)  # T 2
+    span = slice(2 * REACH + 1)
+    pixels = np.concatenate([frame[y:, x:][span, span].reshape(-1, 3) for frame, (x, y) in zip(contrast, corners, strict=True)])
+    centres = trajectory - corners + _SHIFTS[:, None]  # 9 T 2, from the corner of each frame's window
+    masks = np.concatenate(  # M pixels
+        [coverage(shape, RADII[size], centres, 2 * REACH + 1).reshape(len(_SHIFTS), -1) for shape, size in _KINDS]
     )
     projections = masks @ pixels  # M 3
-    energies = (masks * masks).sum(1)
+    energies = np.einsum("mp,mp->m", masks, masks)
     best = int(np.argmax((projections**2).sum(1) / np.maximum(energies, 1e-6)))
-    shape, size, dx, dy = _CANDIDATES[best]
+    (shape, size), shift = _KINDS[best // len(_SHIFTS)], _SHIFTS[best % len(_SHIFTS)]
     colour = _nearest_colour(BACKGROUND + projections[best] / max(float(energies[best]), 1e-6))
 
     offset = np.array(PALETTE[colour], np.float32) - np.array(BACKGROUND, np.float32)
-    error = ((pixels - masks[best][:, None] * offset) ** 2).mean(1).reshape(contrast.shape[:3])  # T H W
-    reach = RADII[size] + LOCAL_MARGIN
-    around = coverage("square", reach / 0.9, trajectory + (dx, dy)) > 0.5  # the renderer's square is 0.9 radii wide
+    rendered = coverage(shape, RADII[size], trajectory + shift)[..., None] * offset
+    error = ((contrast - rendered) ** 2).mean(-1)  # T H W
+    around = coverage("square", (RADII[size] + LOCAL_MARGIN) / 0.9, trajectory + shift) > 0.5  # the renderer's square is 0.9 radii wide
     return shape, size, colour, float(np.sqrt(error.mean())), float(np.sqrt(error[around].mean()) if around.any() else np.inf)
 
 
 def observe(videos: np.ndarray) -> list[Observation]:
-    """Measure videos (N, T, H, W, 3), uint8 or float in [0, 1]; about 5 ms a video."""
+    """Measure videos (N, T, H, W, 3), uint8 or float in [0, 1]; some milliseconds a video."""
     contrast = _as_float(videos) - np.array(BACKGROUND, np.float32)
     centroids, totals = _centroids(contrast)
     trajectories, velocities, jitters = _fit_lines(centroids)
