@@ -54,7 +54,9 @@ METHODS: dict[str, tuple[Part, ...]] = {
     "consistency, 4 phases": (
         Part("{name: consistency, guidance: GUIDANCE, solver: euler, phases: 4, stages: 1, q: 1.3, student_steps: 4}", 1.0, (4,)),
     ),
-    "mean_flow": (Part("{name: mean_flow, guidance: GUIDANCE, power: 1}", 1.0, STEPS, ("optimizer.lr=5e-4",)),),
+    "mean_flow": (
+        Part("{name: mean_flow, guidance: GUIDANCE, power: 1, derivative: difference, step: 0.05}", 1.0, STEPS, ("optimizer.lr=5e-4",)),
+    ),
     "continuous_consistency": (Part("{name: continuous_consistency, guidance: GUIDANCE}", 1.0, STEPS, ("optimizer.lr=5e-4",)),),
     "progressive": (
         progressive(8, 2, chained=False),
