@@ -40,6 +40,7 @@ class Part:
 ADVERSE = "optimizer.betas=[0.0, 0.99]"
 CRITIC_OPTIMIZER = "{lr: 1.0e-3, betas: [0.0, 0.99], warmup_samples: 320}"
 SCORE_CRITIC = f"{{steps: 3, optimizer: {CRITIC_OPTIMIZER}}}"
+MOMENT_CRITIC = f"{{steps: 1, optimizer: {CRITIC_OPTIMIZER}}}"
 HEADS = f"{{steps: 1, blocks: [1, 3], optimizer: {CRITIC_OPTIMIZER}}}"
 
 
@@ -68,6 +69,14 @@ METHODS: dict[str, tuple[Part, ...]] = {
     ),
     "score_regularised": (
         Part(f"{{name: score_regularised, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),
+    ),
+    "moment_matching, critic": (
+        Part(
+            f"{{name: moment_matching, guidance: GUIDANCE, student_steps: 4, critic: {MOMENT_CRITIC}}}",
+            1.0,
+            STEPS[1:],
+            ("optimizer.lr=3e-4", ADVERSE),
+        ),
     ),
     "adversarial": (Part(f"{{name: adversarial, guidance: GUIDANCE, critic: {HEADS}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),),
 }
