@@ -99,7 +99,9 @@ def _dispatch(arguments: list[str]) -> int:
     if options.check:
         print(f"{options.config}: valid {root}")
         return 0
-    return int(importlib.import_module(f"dit.{options.verb}").main(run) or 0)
+    code = int(importlib.import_module(f"dit.{options.verb}").main(run) or 0)
+    importlib.import_module("dit.runtime.distributed").shutdown()  # threads of the group that outlive the interpreter may abort the process
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
