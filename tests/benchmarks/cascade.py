@@ -89,17 +89,24 @@ def main() -> None:
     sharp = raised(noised, low, 0.0)
     show("raised", sharp)
     show("raised, shrunk again", shrink(sharp), shrink(held_out))
-    first, small = train(objective(), shrink(data), PIXEL, 3, steps), pack(shrink(held_out), 0, PIXEL)
-    drawn = vary(first, small.tokens, small.cond, small.keys, levels(HEUN, 1.0), HEUN, RECTIFIED_FLOW, 0.3)
-    generated = torch.stack(unpack(drawn, small.cond, PIXEL))
-    show("first stage", generated, shrink(held_out))
-    wide = F.interpolate(generated[:, :, 0], scale_factor=FACTOR, mode="bicubic")[:, :, None]
-    given = replace(low, tokens=pack(wide, 0, WHOLE).tokens)
-    show("first stage, bicubic", wide)
-    for level in (0.0, 0.1, 0.2):
-        show(f"first stage, raised, told at {level}", raised(noised, given, level))
-    plain = train(Cascade(objective(), WHOLE, FACTOR, 0.0), data, WHOLE, 7, steps)
-    show("first stage, raised by one trained without noise", raised(plain, given, 0.0))
+    plain, small = train(Cascade(objective(), WHOLE, FACTOR, 0.0), data, WHOLE, 7, steps), pack(shrink(held_out), 0, PIXEL)
+
+    def compare(name: str, given: Tensor) -> None:
+        """What both stages make of small pictures (n, 3, 1, 8, 8) that are not those of the data."""
+        wide = F.interpolate(given[:, :, 0], scale_factor=FACTOR, mode="bicubic")[:, :, None]
+        told = replace(low, tokens=pack(wide, 0, WHOLE).tokens)
+        show(name, given, shrink(held_out))
+        show(f"{name}, bicubic", wide)
+        for level in (0.0, 0.1, 0.2):
+            show(f"{name}, raised, told at {level}", raised(noised, told, level))
+        show(f"{name}, raised by one trained without noise", raised(plain, told, 0.0))
+
+    for length in (steps, steps // 10):
+        first = train(objective(), shrink(data), PIXEL, 3, length)
+        drawn = vary(first, small.tokens, small.cond, small.keys, levels(HEUN, 1.0), HEUN, RECTIFIED_FLOW, 0.3)
+        compare(f"first stage of {length} steps", torch.stack(unpack(drawn, small.cond, PIXEL)))
+    noise = torch.randn(shrink(held_out).shape, generator=torch.Generator().manual_seed(0))
+    compare("white noise of 0.2", shrink(held_out) + 0.2 * noise)
 
 
 if __name__ == "__main__":
