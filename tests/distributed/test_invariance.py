@@ -135,6 +135,11 @@ def test_a_student_with_a_critic_is_the_same_on_more_processes(
         assert [line[key] for line in spread] == pytest.approx([line[key] for line in alone], rel=10 * FLOAT32_SUMS)
 
 
+def test_a_command_leaves_its_group_before_it_ends(forks: Forks, tmp_path: Path, latents: Path) -> None:
+    config = train_config(tmp_path / "left.yaml", latents, train__samples=16)
+    forks.run("tests/distributed/leaving.py", "train", str(config), ranks=2).ok()
+
+
 def test_what_is_drawn_and_judged_is_that_of_one_process(forks: Forks, teacher: Path, tmp_path: Path) -> None:
     """Of four processes that share three batches one has none."""
     contestants = [{"run": str(teacher), "steps": 2}]
