@@ -6,6 +6,8 @@ Figures = Mapping[str, float | None]
 """By name, as `Judge` gives them; None for what is no number."""
 History = Sequence[tuple[int, Figures]]
 """Step and figures of every diagnosis so far."""
+UNCHANGED = 0.02
+"""Part of a distance by which it moves without having changed."""
 STILL, ALIKE = 0.7, 0.8
 """Motion and diversity, as parts of the teacher's, below which the note says so."""
 
@@ -37,12 +39,16 @@ def advice(history: History, steps: int) -> list[str]:
             said.append("It draws no numbers any more: lower optimizer.lr, and begin anew or from a checkpoint before.")
         elif before is None:
             said.append("It is the first look: judge by the next. If it has not come nearer by then, lower optimizer.lr.")
-        elif now > before:
+        elif now > (1 + UNCHANGED) * before:
             said.append(
                 f"It goes away from the teacher ({before:.3g} before, {now:.3g} now): lower optimizer.lr, a fraction of the teacher's."
             )
-        else:
+        elif now < (1 - UNCHANGED) * before:
             said.append(f"It comes nearer ({before:.3g} before, {now:.3g} now): train on, or set an easier task (phases, less guidance).")
+        else:
+            said.append(
+                f"It stays where it is ({before:.3g} before, {now:.3g} now): `dit evaluate` says what its clips are worth as they are."
+            )
     gap, own = _mean(figures, "gap/"), _mean(figures, "self_consistency/")
     if is_worse(figures, steps) and gap and own is not None and own < 0.1 * gap:
         said.append(

@@ -131,6 +131,7 @@ def test_words_say_what_the_figures_point_to() -> None:
     assert "first look" in advice([(10, worse)], 4)[0]
     assert "comes nearer (0.4 before" in advice([(10, {**worse, "distance/4": 0.4}), (20, worse)], 4)[0]
     assert "lower optimizer.lr" in advice([(10, {**worse, "distance/4": 0.2}), (20, worse)], 4)[0]
+    assert "stays where it is" in advice([(10, {**worse, "distance/4": 1.01 * worse["distance/4"]}), (20, worse)], 4)[0]
     assert "no numbers" in advice([(10, {**worse, "distance/4": None})], 4)[0]
     drifted = {**worse, "gap/1.00": 0.5, "self_consistency/1.00": 0.01}
     assert any("drifted" in text for text in advice([(10, drifted)], 4))
