@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from math import prod
 from typing import assert_never
 
 import torch
@@ -58,41 +59,65 @@ def draw(
     """
     patch = base.backbone.patch_size
     grid = check_patch(encoders.latent_size(size, "size"), patch)
-    device = encoders.null_text.device
-    classes = None if labels is None else torch.tensor(labels, device=device)
+    classes = None if labels is None else torch.tensor(labels, device=encoders.null_text.device)
     cond = pack_conditioning([grid] * len(prompts), encoders.text.encode(list(prompts)), classes)
-    on = path or path_of(base.objective, denoiser)
-    k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
-    trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
     if edit is None:
-        guided = guide(build_denoiser(base.objective, denoiser, path), encoders, base, sampling.guidance, on)
-        channels = encoders.latents.channels * patch[0] * patch[1] * patch[2]
-        tokens = sample(guided, cond, tuple(keys), channels, sampling, k, on, trained)
-    else:
-        given = edit.tokens(encoders, patch, len(prompts))
-        network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
-        plain = build_denoiser(base.objective, network, path)
-        guided = guide(plain, encoders, base, sampling.guidance, on)
-        times = visited(base, denoiser, sampling, grid, path).to(device)
-        match edit.config:
-            case SDEdit(strength=strength):
-                tokens = vary(guided, given.latents, cond, keys, times, sampling, on, strength)
-            case Invert(caption=caption, solver=solver):
-                shown = cond.with_text(encoders.text.encode([caption] * len(prompts)), classes)
-                start = invert(plain, given.latents, shown, times, solver, on)
-                tokens = follow(guided, start, times, cond, keys, sampling, on)
-            case Inpaint() | Outpaint() | Frames() | Extend():
-                repeats, jump = edit.resampling
-                tokens = complete(guided, given, cond, keys, times, sampling, on, repeats, jump)
-            case _:
-                assert_never(edit.config)
-    drawn = to_videos(tokens, cond, encoders, patch)
-    return drawn if edit is None else edit.paste(drawn)
+        return to_videos(draw_tokens(denoiser, encoders, base, cond, sampling, keys, path), cond, encoders, patch)
+    return edit.paste(to_videos(_edited(denoiser, encoders, base, cond, sampling, keys, path, edit), cond, encoders, patch))
+
+
+@torch.no_grad()
+def draw_tokens(
+    denoiser: Denoiser,
+    encoders: Encoders,
+    base: TrainRun,
+    cond: Conditioning,
+    sampling: SamplingConfig,
+    keys: Sequence[int],
+    path: Path | None = None,
+) -> Tensor:
+    """Latents from noise, as tokens (L, P). cond: of samples of one grid. keys, path: as for `draw`."""
+    on = path or path_of(base.objective, denoiser)
+    guided = guide(build_denoiser(base.objective, denoiser, path), encoders, base, sampling.guidance, on)
+    channels = encoders.latents.channels * prod(base.backbone.patch_size)
+    trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
+    return sample(guided, cond, tuple(keys), channels, sampling, shift_of(prod(cond.grids[0]), base.objective.shift), on, trained)
+
+
+def _edited(
+    denoiser: Denoiser,
+    encoders: Encoders,
+    base: TrainRun,
+    cond: Conditioning,
+    sampling: SamplingConfig,
+    keys: Sequence[int],
+    path: Path | None,
+    edit: Edit,
+) -> Tensor:
+    """Latents that start from what `edit` gives, as tokens (L, P)."""
+    on = path or path_of(base.objective, denoiser)
+    given = edit.tokens(encoders, base.backbone.patch_size, len(keys))
+    network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
+    plain = build_denoiser(base.objective, network, path)
+    guided = guide(plain, encoders, base, sampling.guidance, on)
+    times = visited(base, denoiser, sampling, cond.grids[0], path).to(cond.text.device)
+    match edit.config:
+        case SDEdit(strength=strength):
+            return vary(guided, given.latents, cond, keys, times, sampling, on, strength)
+        case Invert(caption=caption, solver=solver):
+            shown = cond.with_text(encoders.text.encode([caption] * len(keys)), cond.labels)
+            start = invert(plain, given.latents, shown, times, solver, on)
+            return follow(guided, start, times, cond, keys, sampling, on)
+        case Inpaint() | Outpaint() | Frames() | Extend():
+            repeats, jump = edit.resampling
+            return complete(guided, given, cond, keys, times, sampling, on, repeats, jump)
+        case _:
+            assert_never(edit.config)
 
 
 def visited(base: TrainRun, network: Denoiser, sampling: SamplingConfig, grid: Grid, path: Path | None) -> Tensor:
     """The levels (steps + 1,) that the sampler visits for samples of `grid` tokens. path: as for `draw`."""
-    k = shift_of(grid[0] * grid[1] * grid[2], base.objective.shift)
+    k = shift_of(prod(grid), base.objective.shift)
     trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
     return levels(sampling, k, path or path_of(base.objective, network), trained)
 

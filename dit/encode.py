@@ -25,8 +25,9 @@ from data_pipelines.shard_set import complete, conclude, write_json
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.sizes import choose_size, expand
 from data_pipelines.sources import SourceManifest, read_source
-from dit.config import EncodeRun
+from dit.config import Drawn, EncodeRun
 from dit.config.encoders import EncodersConfig
+from dit.drawn import Drawer
 from dit.encoders.prepare import encode_samples
 from dit.runs import Encoders, make_folder
 from dit.runtime import distributed
@@ -75,27 +76,31 @@ def encode_shard(run: EncodeRun, number: int) -> None:
 
 def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
     """Write the latent shards with these numbers that are not complete. Raises UserError if the cache was begun otherwise."""
-    out, encoders, sources = Path(run.out), _encoders(run.encoders), _sources(run)
+    out, sources, drawer = Path(run.out), _sources(run), _drawer(run.drawn) if run.drawn else None
+    encoders = drawer.encoders if drawer else _encoders(run.encoders)
+    check_size = drawer.check_size if drawer else encoders.latent_size
     for index, size in enumerate(run.sizes):
-        encoders.latent_size(size, f"sizes.{index}")
+        check_size(size, f"sizes.{index}")
     if run.size_rule is not None:
         group, *sides = encoders.latents.stride
         by_rule = expand(run.size_rule, (1, group), (sides[0], sides[1]), "size_rule")
         for size in by_rule:
-            encoders.latent_size(size, "size_rule")
+            check_size(size, "size_rule")
         run = run.model_copy(update={"sizes": sorted({*run.sizes, *by_rule})})
     shards = [(source, shard) for source in sources for shard in source.shards]
-    _claim(out, run, encoders, sources)
+    _claim(out, run, encoders, drawer, sources)
     rest = [(number, *shards[number]) for number in numbers if complete(out, number) is None]
     is_first = distributed.rank() == 0
     if is_first and len(rest) < len(numbers):
         print(f"{len(numbers) - len(rest)} of this process's {len(numbers)} shards are complete in {out}")
+    if is_first and drawer and rest:
+        print(f"latents are drawn by {drawer.trained.path}, step {drawer.step}: {drawer.sampling}")
     plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
     progress = Progress(sum(map(len, plans)), "encoding", "samples of this process", silent=not is_first)
     packs = read_packs(_tasks(plans, run.batch_size), run.num_workers if rest else 0)
     bad: list[tuple[str, str]] = []
     for (number, _, _), plan in zip(rest, plans, strict=True):
-        bad += _encode_shard(run, encoders, plan, packs, out / shard_name(number), progress)
+        bad += _encode_shard(run, encoders, drawer, plan, packs, out / shard_name(number), progress)
         if len(bad) > run.max_bad_fraction * max(progress.done, 1000):
             raise DataBudgetExceeded(
                 f"{len(bad)} of {progress.done} samples could not be read (max_bad_fraction={run.max_bad_fraction}), the last: {bad[-1]}"
@@ -105,6 +110,11 @@ def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
         print(f"left out {name}: {reason}")
     if bad:
         print(f"left out {len(bad)} samples in all; the index of each shard names them")
+
+
+@cache
+def _drawer(config: Drawn) -> Drawer:
+    return Drawer.load(config)
 
 
 @cache
@@ -144,6 +154,7 @@ def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Sequen
 def _encode_shard(
     run: EncodeRun,
     encoders: Encoders,
+    drawer: Drawer | None,
     plan: list[PlannedSample],
     packs: Iterator[tuple[Task, RawPack]],
     path: Path,
@@ -157,26 +168,31 @@ def _encode_shard(
         for task, pack in islice(packs, -(-readable // run.batch_size)):
             progress.advance(len(pack.samples))
             bad += [(sample.id, sample.error) for sample in pack.samples if sample.error]
-            good = [(item.entry.key, sample) for item, sample in zip(task.pack, pack.samples, strict=True) if not sample.error]
+            good = [(item, sample) for item, sample in zip(task.pack, pack.samples, strict=True) if not sample.error]
             if not good:
                 continue
-            latents = encode_samples([sample for _, sample in good], encoders.latents)
-            texts = encoders.text.encode([sample.caption for _, sample in good])
-            for (key, sample), array, text in zip(good, latents, texts, strict=True):
+            samples = [sample for _, sample in good]
+            texts = encoders.text.encode([sample.caption for sample in samples])
+            sizes = [item.size for item, _ in good if item.size is not None]
+            latents = drawer(samples, texts, sizes) if drawer else encode_samples(samples, encoders.latents)
+            for (item, sample), array, text in zip(good, latents, texts, strict=True):
                 assert array is not None
                 members = {"latents.npy": _npy(array, dtype), "text.npy": _npy(text, dtype), "txt": sample.caption.encode()}
                 _, t, h, w = array.shape
-                writer.add(key, members, Facts("latents", t, h, w, None), {} if sample.label is None else {"label": sample.label})
+                writer.add(
+                    item.entry.key, members, Facts("latents", t, h, w, None), {} if sample.label is None else {"label": sample.label}
+                )
         for name, reason in bad:
             writer.leave_out(name, reason)
     return bad
 
 
-def _claim(out: Path, run: EncodeRun, encoders: Encoders, sources: Sequence[SourceManifest]) -> None:
+def _claim(out: Path, run: EncodeRun, encoders: Encoders, drawer: Drawer | None, sources: Sequence[SourceManifest]) -> None:
     """Write what the cache depends on, or check that the cache which exists was begun with the same."""
     claim = {
         "latents": encoders.latents.fingerprint(),
         "text": encoders.text.fingerprint(),
+        "drawn": drawer and drawer.fingerprint(),
         "preprocessing": preprocessing(),
         "sizes": [list(size) for size in run.sizes],
         "dtype": run.dtype,

@@ -95,6 +95,26 @@ class DistillRun(FitRun):
         return self
 
 
+class Contestant(Section):
+    run: str
+    """Run directory of a training or a distillation."""
+    step: PositiveInt | None = None
+    """Which checkpoint; None for the newest valid one."""
+    steps: PositiveInt | None = None
+    """Another number of steps than the run's own sampler takes."""
+    sampling: SamplingConfig | None = None
+    """Another sampler than the run's own: a student ships its sampler, steps and guidance; a teacher takes its preview's."""
+
+
+class Drawn(Contestant):
+    """Latents that a trained model draws for captions: data that a guided teacher made."""
+
+    weights: Weights = "ema"
+    """ema, model, or sigma_rel=S: the average of that width, reconstructed from those of ema.sigma_rel and the checkpoints kept."""
+    seed: NonNegativeInt = 0
+    """Of the noise, which the id of a sample decides with it."""
+
+
 class EncodeRun(Section):
     sources: Annotated[list[Source], Field(min_length=1)]
     sizes: tuple[Size, ...] = ()
@@ -102,6 +122,8 @@ class EncodeRun(Section):
     size_rule: SizeRule | None = None
     """More allowed sizes, by rule; give its `multiple` if the backbone's patches need more than the codec."""
     encoders: EncodersConfig = EncodersConfig()
+    drawn: Drawn | None = None
+    """Take of each sample its caption, class and size alone, and store what this model draws for them, with the encoders of its run."""
     out: str
     """Folder of the latent cache. Shards that are complete are not made again."""
     batch_size: PositiveInt = 32
@@ -118,16 +140,11 @@ class EncodeRun(Section):
             raise ValueError("no size is allowed: give sizes, size_rule, or both")
         return self
 
-
-class Contestant(Section):
-    run: str
-    """Run directory of a training or a distillation."""
-    step: PositiveInt | None = None
-    """Which checkpoint; None for the newest valid one."""
-    steps: PositiveInt | None = None
-    """Another number of steps than the run's own sampler takes."""
-    sampling: SamplingConfig | None = None
-    """Another sampler than the run's own: a student ships its sampler, steps and guidance; a teacher takes its preview's."""
+    @model_validator(mode="after")
+    def _encoders_of_the_model(self) -> Self:
+        if self.drawn and "encoders" in self.model_fields_set:
+            raise ValueError(f"drawn.run={self.drawn.run} says which encoders its model has: remove `encoders`")
+        return self
 
 
 class SampleRun(Section):
