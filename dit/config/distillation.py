@@ -48,7 +48,7 @@ class ConsistencyConfig(_Flow):
     q: Annotated[float, Field(gt=1)] = 2.0
     """Factor by which the relative gap (t - r) / (t - e) shrinks from stage to stage."""
     skip: Annotated[float, Field(gt=0, le=1)] | None = None
-    """A fixed gap instead: r = max(t - skip, e); Luo et al. skip 0.02."""
+    """A fixed gap instead: r = max(t - skip, e + (t - e) / 1000); Luo et al. skip 0.02."""
     solver: Literal["euler", "heun"] = "heun"
     """How the teacher steps from t to r."""
     solver_steps: PositiveInt = 1

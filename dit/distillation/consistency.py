@@ -23,6 +23,9 @@ from dit.diffusion.samplers import euler_slope, heun_slope
 from dit.distillation.flow import Walk, flow_of, follow
 from dit.runtime.losses import Losses
 
+LEFT = 1e-3
+"""Part of the way to the end that `skip` leaves: at t = 0 some paths and predictions say nothing of the velocity."""
+
 
 class ConsistencyDistillation:
     """Make the student agree with itself along the teacher's flow: f(x_t, t) = f(x_r, r) for e <= r < t.
@@ -67,7 +70,7 @@ class ConsistencyDistillation:
         k = times.shifts(batch.cond.lengths, self.token_shift)
         u = times.draw(self.config.times, None, batch.keys, batch.cond.lengths)  # (n,)
         end, skip = self._end(u), self.config.skip
-        lower = end + (u - end) * (1 - gap) if skip is None else torch.maximum(u - skip, end)
+        lower = end + (u - end) * (1 - gap) if skip is None else torch.maximum(u - skip, end + (u - end) * LEFT)
         return times.shift(u, k), times.shift(lower, k), times.shift(end, k)
 
     def _end(self, u: Tensor) -> Tensor:

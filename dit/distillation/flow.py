@@ -14,6 +14,8 @@ from dit.diffusion.samplers import Slope, heun
 from dit.runtime.duals import dual, parts
 from dit.runtime.losses import Losses
 
+SMALL, TINY = 1e-3, 1e-12
+"""Part of t below which no difference is taken; what a width is at least."""
 Objective = Callable[[Denoiser, PackedLatents, float], Losses]
 """From a student, a batch and the progress of the run in [0, 1]."""
 
@@ -83,7 +85,8 @@ def derivative(
 ) -> Tensor:
     """d/dt of the student's answer along the flow, the level that it jumps to staying where it is: (L, P), in the dtype of `velocity`.
 
-    A central difference over t +- step, one-sided at the ends of [0, 1]: two calls; or forward mode: one call on dual numbers.
+    A central difference over t +- step: two calls; or forward mode: one call on dual numbers. Differences stay between the level that is
+    jumped to and 1, one-sided there: students have never seen a jump upwards, and some know nothing at t = 0.
     """
 
     def moved(level: Tensor, x: Tensor) -> Tensor:
@@ -94,8 +97,11 @@ def derivative(
             with torch.compiler.set_stance("force_eager"):  # a compiled block knows plain tensors alone
                 return parts(moved(dual(t, torch.ones_like(t)), dual(x, velocity.to(x))))[1].to(velocity)
         case "difference":
-            upper, lower = (t + step).clamp(max=1), (t - step).clamp(min=0)
+            end = t * SMALL if cond.jump is None else torch.maximum(t - cond.jump, t * SMALL)
+            upper, lower = (t + step).clamp(max=1), torch.maximum(t - step, end)
             after, before = (moved(level, x + on_tokens(level - t, cond, x) * velocity.to(x)) for level in (upper, lower))
-            return (after - before).to(velocity) / on_tokens(upper - lower, cond, velocity)
+            return (after - before).to(velocity) / on_tokens(
+                (upper - lower).clamp(min=TINY), cond, velocity
+            )  # 0 / TINY at t = 1 without a jump
         case _:
             assert_never(how)

@@ -18,19 +18,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import yaml
+
 STEPS = (1, 2, 4, 8)
 FEATURES = "features: {name: random_conv}"
 METRICS = f"[{{name: adherence}}, {{name: positions}}, {{name: frechet, {FEATURES}}}, {{name: diversity, {FEATURES}}}]"
-
-STEP = ("optimizer.lr=2e-3", "ema.decay=0.99")
-"""For steps of 32 clips, as the table was made; the demo's own step may become another."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One run of a method: what differs from configs/demo/distill.yaml, its share of the clips, and the steps it is judged in.
 
-    chained: its teacher is the student of the part before.
+    chained: its teacher is the student of the part before. drawn: from clips that the guided teacher made for the captions.
     """
 
     method: str
@@ -38,6 +37,7 @@ class Part:
     steps: tuple[int, ...]
     changes: tuple[str, ...] = ()
     chained: bool = False
+    drawn: bool = False
 
 
 ADVERSE = "optimizer.betas=[0.0, 0.99]"
@@ -45,6 +45,7 @@ CRITIC_OPTIMIZER = "{lr: 1.0e-3, betas: [0.0, 0.99], warmup_samples: 320}"
 SCORE_CRITIC = f"{{steps: 3, optimizer: {CRITIC_OPTIMIZER}}}"
 MOMENT_CRITIC = f"{{steps: 1, optimizer: {CRITIC_OPTIMIZER}}}"
 HEADS = f"{{steps: 1, blocks: [1, 3], optimizer: {CRITIC_OPTIMIZER}}}"
+PIXEL_HEADS = f"{{steps: 1, blocks: [0, 1], features: {{name: random_conv}}, frames: 3, optimizer: {CRITIC_OPTIMIZER}}}"
 
 
 def progressive(steps: int, parts: int, *, chained: bool) -> Part:
@@ -73,6 +74,7 @@ METHODS: dict[str, tuple[Part, ...]] = {
     "score_regularised": (
         Part(f"{{name: score_regularised, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),
     ),
+    "moment_matching": (Part("{name: moment_matching, guidance: GUIDANCE, student_steps: 4}", 1.0, STEPS[1:], ("optimizer.lr=3e-4",)),),
     "moment_matching, critic": (
         Part(
             f"{{name: moment_matching, guidance: GUIDANCE, student_steps: 4, critic: {MOMENT_CRITIC}}}",
@@ -81,7 +83,17 @@ METHODS: dict[str, tuple[Part, ...]] = {
             ("optimizer.lr=3e-4", ADVERSE),
         ),
     ),
-    "adversarial": (Part(f"{{name: adversarial, guidance: GUIDANCE, critic: {HEADS}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),),
+    "adversarial": (
+        Part(f"{{name: adversarial, guidance: GUIDANCE, critic: {HEADS}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE), drawn=True),
+    ),
+    "adversarial, pixels": (
+        Part(
+            f"{{name: adversarial, guidance: GUIDANCE, distillation_weight: 2.5, critic: {PIXEL_HEADS}}}",
+            1.0,
+            STEPS,
+            ("optimizer.lr=3e-4", ADVERSE),
+        ),
+    ),
 }
 """The parts of a method are distilled one after another. Clips of a critic's steps count as those of the student's."""
 
@@ -127,12 +139,24 @@ def distil(options: argparse.Namespace, name: str, seed: int) -> Path:
         run = folder / f"part-{number}"
         method = part.method.replace("GUIDANCE", f"{{s: {options.guidance}}}")
         source = teacher if not part.chained else folder / f"part-{number - 1}"
-        changes = [f"method={method}", f"teacher.run={source}", f"out={run}", f"train.seed={seed}", "preview=null", *STEP, *part.changes]
+        changes = [f"method={method}", f"teacher.run={source}", f"out={run}", f"train.seed={seed}", "preview=null", *part.changes]
+        if part.drawn:
+            changes.append(f"data={drawn_data(options)}")
         clips = f"train.samples={round(options.clips * part.share)}"
         command("dit", "distill", "configs/demo/distill.yaml", *changes, clips, record=folder / "cost.json")
         contestants += [{"run": str(run), "steps": steps} for steps in part.steps]
     judge(options, contestants, folder / "evaluation")
     return folder
+
+
+def drawn_data(options: argparse.Namespace) -> str:
+    """The teacher's `data`, with the latents that it draws in half of its steps, as YAML; makes them once."""
+    out = options.out / "drawn"
+    if not (out / "manifest.json").is_file():
+        sampling = f"{{steps: {options.teacher_steps // 2}, guidance: {{s: {options.guidance}}}}}"
+        command("dit", "encode", "configs/demo/encode.yaml", f"drawn.run={options.teacher}", f"drawn.sampling={sampling}", f"out={out}")
+    data = yaml.safe_load((options.teacher / "config.resolved.yaml").read_text())["data"]
+    return json.dumps({**data, "sources": [{"path": str(out)}]})
 
 
 def judge(options: argparse.Namespace, contestants: list[dict[str, Any]], out: Path) -> None:
