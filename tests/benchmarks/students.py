@@ -128,25 +128,37 @@ def read_cost(path: Path) -> Cost:
     return Cost(**json.loads(path.read_text())) if path.is_file() else Cost()
 
 
+def keep(path: Path, record: object) -> None:
+    """Write what results are made of beside them, or end if those that are there were made otherwise."""
+    text = json.dumps(record, indent=1)
+    if path.is_file() and path.read_text() != text:
+        raise SystemExit(f"{path.parent} was made otherwise (see {path}): delete it, or give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
 def distil(options: argparse.Namespace, name: str, seed: int) -> Path:
     """Make the students of a cell and judge them; returns its folder."""
     folder = options.out / f"{options.clips}" / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    runs = [folder / f"part-{number}" for number in range(len(METHODS[name]))]
+    recipes = [recipe(options, part, source, seed) for part, source in zip(METHODS[name], [options.teacher, *runs])]
+    keep(folder / "recipe.json", recipes)
     if (folder / "evaluation" / "results.json").is_file():
         return folder
-    contestants, teacher = [], options.teacher
-    for number, part in enumerate(METHODS[name]):
-        run = folder / f"part-{number}"
-        method = part.method.replace("GUIDANCE", f"{{s: {options.guidance}}}")
-        source = teacher if not part.chained else folder / f"part-{number - 1}"
-        changes = [f"method={method}", f"teacher.run={source}", f"out={run}", f"train.seed={seed}", "preview=null", *part.changes]
-        if part.drawn:
-            changes.append(f"data={drawn_data(options)}")
-        clips = f"train.samples={round(options.clips * part.share)}"
-        command("dit", "distill", "configs/demo/distill.yaml", *changes, clips, record=folder / "cost.json")
-        contestants += [{"run": str(run), "steps": steps} for steps in part.steps]
+    for part, run, changes in zip(METHODS[name], runs, recipes, strict=True):
+        data = [f"data={drawn_data(options)}"] if part.drawn else []
+        command("dit", "distill", "configs/demo/distill.yaml", f"out={run}", *changes, *data, record=folder / "cost.json")
+    contestants = [{"run": str(run), "steps": steps} for part, run in zip(METHODS[name], runs, strict=True) for steps in part.steps]
     judge(options, contestants, folder / "evaluation")
     return folder
+
+
+def recipe(options: argparse.Namespace, part: Part, teacher: Path, seed: int) -> list[str]:
+    """What a part changes of the config. teacher: the run, or the part before if it is chained."""
+    method = part.method.replace("GUIDANCE", f"{{s: {options.guidance:g}}}")
+    source = teacher if part.chained else options.teacher
+    clips = round(options.clips * part.share)
+    return [f"method={method}", f"teacher.run={source}", f"train.seed={seed}", f"train.samples={clips}", "preview=null", *part.changes]
 
 
 def drawn_data(options: argparse.Namespace) -> str:
@@ -251,10 +263,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/students"), help="folder of all results (default: %(default)s)")
     options = parser.parse_args()
     options.out = options.out / f"judged-by-{options.samples}"  # figures of other counts are not to be compared
-    teacher = options.out / "teacher"
+    teacher, guided = options.out / "teacher", {"sampler": "euler", "guidance": {"s": options.guidance}}
+    keep(options.out / "settings.json", {"teacher": str(options.teacher), "steps": options.teacher_steps, **guided})
     if not (teacher / "results.json").is_file():
-        contestants = [{"run": str(options.teacher), "steps": steps} for steps in (options.teacher_steps, *reversed(STEPS))]
-        judge(options, contestants, teacher)
+        steps = (options.teacher_steps, *reversed(STEPS))
+        judge(options, [{"run": str(options.teacher), "sampling": {**guided, "steps": n}} for n in steps], teacher)
     cells = {(name, seed): distil(options, name, seed) for seed in range(options.seeds) for name in options.methods}
     text = table(options, cells)
     (options.out / f"{options.clips}" / "table.md").write_text(text + "\n")
