@@ -132,7 +132,7 @@ def read_source(
     return SourceManifest(name, weight, tuple(shards), facts, digest.hexdigest(), tuple(problems), {}, dropped, selection)
 
 
-def read_sources(sources: Sequence[Source], skip_list: str | None = None) -> tuple[SourceManifest, ...]:
+def read_sources(sources: Sequence[Source], skip_list: str | None = None, config_key: str = "data.sources") -> tuple[SourceManifest, ...]:
     """Read every source of a config, without the samples of its skip list. Folders of the same name are told apart by a number."""
     skip = read_skip_list(skip_list) if skip_list else frozenset[str]()
     seen: Counter[str] = Counter()
@@ -141,7 +141,7 @@ def read_sources(sources: Sequence[Source], skip_list: str | None = None) -> tup
         base = _basename(source.path)
         seen[base] += 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
-        key = f"data.sources[{number}]"
+        key = f"{config_key}[{number}]"
         selection = Selection(filters.Filter.parse(source.filter, f"{key}.filter") if source.filter else None, skip)
         manifests.append(read_source(source.path, name, source.weight, f"{key}.path", selection))
     return tuple(manifests)

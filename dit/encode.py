@@ -4,7 +4,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from data_pipelines.samples import Facts
 from data_pipelines.shard_set import complete, conclude, write_json
 from data_pipelines.shards import ShardWriter, shard_name
 from data_pipelines.sizes import choose_size, expand
-from data_pipelines.sources import SourceManifest, read_source
+from data_pipelines.sources import SourceManifest, read_sources
 from dit.config import Drawn, EncodeRun
 from dit.config.encoders import EncodersConfig
 from dit.drawn import Drawer
@@ -32,6 +32,9 @@ from dit.encoders.prepare import encode_samples
 from dit.runs import Encoders, make_folder
 from dit.runtime import distributed
 from dit.stream import CACHE_FILE, DONE_FILE, preprocessing
+
+TOO_SHORT = "shorter than any of `sizes`"
+"""Why a sample is left out that can be read."""
 
 
 def main(run: EncodeRun) -> int:
@@ -93,17 +96,22 @@ def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
     is_first = distributed.rank() == 0
     if is_first and len(rest) < len(numbers):
         print(f"{len(numbers) - len(rest)} of this process's {len(numbers)} shards are complete in {out}")
+    for source in sources if is_first and rest else ():
+        for reason, count in source.dropped.items():
+            print(f"{source.name}: {count} samples left out by {reason}")
     if is_first and drawer and rest:
         print(f"latents are drawn by {drawer.trained.path}, step {drawer.step}: {drawer.sampling}")
-    plans = [_plan(run, source.name, shard.name, shard.address, source.index(shard).entries) for _, source, shard in rest]
+    plans = [_plan(run, source.name, shard.name, shard.address, source.entries(shard)) for _, source, shard in rest]
     progress = Progress(sum(map(len, plans)), "encoding", "samples of this process", silent=not is_first)
     packs = read_packs(_tasks(plans, run.batch_size), run.num_workers if rest else 0)
     bad: list[tuple[str, str]] = []
     for (number, _, _), plan in zip(rest, plans, strict=True):
         bad += _encode_shard(run, encoders, drawer, plan, packs, out / shard_name(number), progress)
-        if len(bad) > run.max_bad_fraction * max(progress.done, 1000):
+        unreadable = [(name, reason) for name, reason in bad if reason != TOO_SHORT]
+        if len(unreadable) > run.max_bad_fraction * max(progress.done, 1000):
             raise DataBudgetExceeded(
-                f"{len(bad)} of {progress.done} samples could not be read (max_bad_fraction={run.max_bad_fraction}), the last: {bad[-1]}"
+                f"{len(unreadable)} of {progress.done} samples could not be read (max_bad_fraction={run.max_bad_fraction}), "
+                f"the last: {unreadable[-1]}"
             )
     packs.close()
     for name, reason in bad[:10]:
@@ -122,8 +130,13 @@ def _encoders(config: EncodersConfig) -> Encoders:
     return Encoders.load(config, distributed.device())
 
 
-def _sources(run: EncodeRun) -> list[SourceManifest]:
-    return [read_source(source.path, config_key=f"sources.{index}.path") for index, source in enumerate(run.sources)]
+def _sources(run: EncodeRun) -> tuple[SourceManifest, ...]:
+    """Raises UserError for a source that holds latents already."""
+    sources = read_sources(run.sources, config_key="sources")
+    for number, source in enumerate(sources):
+        if any(facts.kind == "latents" for facts in source.facts):
+            raise UserError(f"sources[{number}].path={run.sources[number].path} is a latent cache: expected shards of pictures or videos")
+    return sources
 
 
 def _tasks(plans: Sequence[Sequence[PlannedSample]], batch: int) -> Iterator[Task]:
@@ -134,7 +147,7 @@ def _tasks(plans: Sequence[Sequence[PlannedSample]], batch: int) -> Iterator[Tas
             yield Task(0, pack, InStep(0, len(pack), 0), START, {})
 
 
-def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Sequence[Entry]) -> list[PlannedSample]:
+def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Iterable[Entry]) -> list[PlannedSample]:
     """What to read of a shard, in its order; a sample without a size fits none of `sizes`."""
     return [
         PlannedSample(
@@ -162,7 +175,7 @@ def _encode_shard(
 ) -> list[tuple[str, str]]:
     """Encode one shard; returns (id, reason) of the samples that are left out."""
     dtype = np.dtype(run.dtype)
-    bad = [(planned.id, "shorter than any of `sizes`") for planned in plan if planned.size is None]
+    bad = [(planned.id, TOO_SHORT) for planned in plan if planned.size is None]
     readable = sum(planned.size is not None for planned in plan)
     with ShardWriter(path) as writer:
         for task, pack in islice(packs, -(-readable // run.batch_size)):
@@ -196,10 +209,12 @@ def _claim(out: Path, run: EncodeRun, encoders: Encoders, drawer: Drawer | None,
         "preprocessing": preprocessing(),
         "sizes": [list(size) for size in run.sizes],
         "dtype": run.dtype,
-        "sources": {source.path: manifest.hash for source, manifest in zip(run.sources, sources, strict=True)},
+        "sources": [[source.path, manifest.hash] for source, manifest in zip(run.sources, sources, strict=True)],  # shards are numbered on
     }
     path = out / CACHE_FILE
     begun = json.loads(path.read_text()) if path.is_file() else None
+    if begun and isinstance(begun["sources"], dict):  # as it was written before
+        begun["sources"] = [list(pair) for pair in begun["sources"].items()]
     distributed.barrier()  # every rank has looked before one writes
     if begun is not None:
         different = [key for key, value in claim.items() if begun.get(key) != value]

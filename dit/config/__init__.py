@@ -141,6 +141,13 @@ class EncodeRun(Section):
         return self
 
     @model_validator(mode="after")
+    def _every_sample_once(self) -> Self:
+        for number, source in enumerate(self.sources):
+            if source.weight != 1:
+                raise ValueError(f"sources.{number}.weight={source.weight:g}: every sample is encoded once; weights are for training")
+        return self
+
+    @model_validator(mode="after")
     def _encoders_of_the_model(self) -> Self:
         if self.drawn and "encoders" in self.model_fields_set:
             raise ValueError(f"drawn.run={self.drawn.run} says which encoders its model has: remove `encoders`")

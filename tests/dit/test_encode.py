@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.filters import fields_of
+from data_pipelines.rendered import ShapesSet, render
+from data_pipelines.sources import read_source
 from tests.launch.slurm import WHY_NOT, Cluster
 from tests.processes import ENVIRONMENT, Forks, python_m
 
@@ -47,6 +50,46 @@ def test_a_complete_cache_is_compared_under_every_executor(forks: Forks, encode_
     done = forks.run("encode", str(encode_config), "executor.name=slurm-array", "dtype=float32")
     assert done.code == 2
     assert "dtype: float16 there, float32 here" in done.err
+
+
+def captions(folder: Path) -> list[str]:
+    source = read_source(str(folder))
+    return [entry.key for shard in source.shards for entry in source.entries(shard)]
+
+
+def test_sources_count_in_their_order(forks: Forks, encode_config: Path, clips: Path, tmp_path: Path) -> None:
+    """Shards are numbered over all sources: begun with A, B, a cache does not go on with B, A."""
+    other = tmp_path / "other"
+    render(other, ShapesSet(8, 5, "train", 8))
+    both, turned = (f"sources=[{{path: {a}}}, {{path: {b}}}]" for a, b in ((clips, other), (other, clips)))
+    out = f"out={tmp_path}/latents"
+    forks.run("encode", str(encode_config), both, out, "executor.share=0/2").ok()
+    done = forks.run("encode", str(encode_config), turned, out)
+    assert done.code == 2
+    assert "holds a cache that was made differently" in done.err
+    assert "sources" in done.err
+
+
+def test_what_a_filter_or_a_size_leaves_out(forks: Forks, encode_config: Path, clips: Path, tmp_path: Path) -> None:
+    some = f"sources=[{{path: {clips}, filter: 'caption_length > 50'}}]"
+    said = forks.run("encode", str(encode_config), some, f"out={tmp_path}/some").ok().out
+    source = read_source(str(clips))
+    wanted = [entry.key for shard in source.shards for entry in source.entries(shard) if fields_of(entry)["caption_length"] > 50]
+    assert 0 < len(wanted) < 48
+    assert captions(tmp_path / "some") == wanted
+    assert f"{48 - len(wanted)} samples left out by filter" in said
+    short = tmp_path / "short"
+    render(short, ShapesSet(8, 5, "train", 8))
+    said = forks.run("encode", str(encode_config), f"sources=[{{path: {short}}}]", "sizes=[[13, 32, 32]]", f"out={tmp_path}/none").ok().out
+    assert "left out 8 samples in all" in said  # they can be read, so no budget of damage is spent
+
+
+def test_what_is_no_source_of_pictures(forks: Forks, encode_config: Path, clips: Path, latents: Path, tmp_path: Path) -> None:
+    for source, words in ((f"{{path: {latents}}}", "is a latent cache"), (f"{{path: {clips}, weight: 2}}", "sources.0.weight=2")):
+        done = forks.run("encode", str(encode_config), f"sources=[{source}]", f"out={tmp_path}/latents")
+        assert done.code == 2
+        assert words in done.err
+        assert "Traceback" not in done.err
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_validation_source_missing(train: Callable[..., Done], tmp_path: Path) -
 
 def test_encode_source_missing(forks: Forks, encode_config: Path, tmp_path: Path) -> None:
     done = forks.run("encode", str(encode_config), f"sources=[{{path: {tmp_path}/nowhere}}]", f"out={tmp_path}/out")
-    assert_one_message(done, CONFIG, "sources.0.path", "no such folder")
+    assert_one_message(done, CONFIG, "sources[0].path", "no such folder")
     assert "data.sources" not in done.err, "encode has no key data"
 
 
