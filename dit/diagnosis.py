@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data_pipelines.packed import Grid, check_patch, pack_conditioning
 from dit.config import DistillRun, TrainRun
 from dit.diffusion import Denoiser, levels, shift_of
-from dit.distillation import Alternating, Distillation, build_student_sampling, step_calls, traits_of
+from dit.distillation import Alternating, Distillation, build_student_sampling, step_calls, takes_guidance, traits_of
 from dit.distillation.diagnosis import Judge, Pack
 from dit.distillation.verdict import Figures, advice, is_worse, table, verdict
 from dit.drawing import sample_keys, to_videos
@@ -102,7 +102,7 @@ class Diagnosis:
             f"# Student of {self.run.teacher.run}, step {self.run.teacher.step}",
             "",
             f"Method {method.name}. Sampled by `{sampling.sampler}` in {sampling.steps} steps, from t = {times} for clips of this size. "
-            f"Guidance {method.guidance} is baked in.",
+            f"Guidance {method.guidance} is {'an input, and this its default' if takes_guidance(method) else 'baked in'}.",
             "",
             f"After step {step} {verdict(figures, sampling.steps)}",
             "",

@@ -13,7 +13,15 @@ from data_pipelines.loader import RawPack
 from data_pipelines.packed import Grid, PackedLatents, unpatchify
 from data_pipelines.randomness import uniform
 from dit.config import DistillRun, TrainRun
-from dit.config.distillation import AdversarialConfig, MomentMatchingConfig, TeacherFeatures
+from dit.config.distillation import (
+    AdversarialConfig,
+    ConsistencyConfig,
+    MeanFlowConfig,
+    Method,
+    MomentMatchingConfig,
+    ProgressiveConfig,
+    TeacherFeatures,
+)
 from dit.diagnosis import Diagnosis
 from dit.diffusion import RECTIFIED_FLOW, AtScale, Denoiser, build_denoiser, equip
 from dit.distillation import (
@@ -35,7 +43,7 @@ from dit.distillation import (
     turn_of,
     with_critic,
 )
-from dit.drawing import Preview, guide
+from dit.drawing import Preview, guide, pinned
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights, newest_valid, resume
 from dit.engine.engine import Engine
@@ -57,7 +65,7 @@ def main(run: DistillRun) -> int:
     """Distil until `train.samples`, from the newest valid checkpoint of `out` if there is one, else from the teacher's weights."""
     distributed.init(run.engine.sequence_parallel)
     trained = TrainedRun.open(run.teacher.run, "teacher.run")
-    run = with_fixed_teacher(run)
+    run = with_fixed_networks(run)
     base = trained.base
     check_teacher(run, trained)
     check_critic(run, base)
@@ -189,6 +197,16 @@ def check_critic(run: DistillRun, base: TrainRun) -> None:
 def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
     """Raise UserError if this teacher cannot be distilled so."""
     base, guidance = trained.base, run.method.guidance
+    if isinstance(trained.run, DistillRun):
+        method = trained.run.method
+        check_student_as_teacher(run, method)
+        if isinstance(method, ConsistencyConfig) and (between := method.guidance_range):
+            if not between[0] <= guidance.scale <= between[1]:
+                raise UserError(
+                    f"method.guidance: got s={guidance.scale:g}, and {run.teacher.run} is a student that takes it as an input, "
+                    f"from s={between[0]:g} to {between[1]:g}"
+                )
+            return
     if guidance.scale == 1 or guidance.weak is not None:
         return
     if isinstance(trained.run, DistillRun):
@@ -203,16 +221,38 @@ def check_teacher(run: DistillRun, trained: TrainedRun) -> None:
         )
 
 
-def with_fixed_teacher(run: DistillRun) -> DistillRun:
-    """Name the teacher's checkpoint: the one that this run began with, else the newest valid one. Called by all ranks.
+def check_student_as_teacher(run: DistillRun, method: Method) -> None:
+    """Raise UserError unless students of `method` know what their own student is to learn: a velocity, or its very steps."""
+    if isinstance(method, MeanFlowConfig):
+        return
+    steps_down = isinstance(method, ProgressiveConfig) or (isinstance(method, ConsistencyConfig) and method.phases > 1)
+    if not steps_down:
+        raise UserError(
+            f"teacher.run={run.teacher.run} is a student of {method.name}: it knows jumps to the data and no flow; distil its own teacher"
+        )
+    own = run.method
+    walked = own.student_steps * own.teacher_steps if isinstance(own, ProgressiveConfig) else None
+    if walked != method.student_steps:
+        asked = f"method.name={own.name}" if walked is None else f"method.student_steps x method.teacher_steps = {walked}"
+        raise UserError(
+            f"teacher.run={run.teacher.run} is a student that knows its {method.student_steps} steps alone, got {asked}: "
+            f"expected name: progressive, of {method.student_steps} = student_steps x teacher_steps"
+        )
 
-    A teacher that trains on between a kill and the resume must not change what its student learns.
+
+def with_fixed_networks(run: DistillRun) -> DistillRun:
+    """Name the checkpoints of the teacher and of the weaker model that guides it: those that this run began with, else the newest valid
+    ones. Called by all ranks.
+
+    What trains on between a kill and the resume must not change what the student learns.
     """
-    if run.teacher.step is not None:
-        return run
-    begun = Path(run.out) / "config.resolved.yaml"
-    if begun.is_file() and durable.published(Path(run.out) / "checkpoints"):
-        step = load_run(DistillRun, str(begun)).teacher.step
-    else:
-        step = newest_valid(Path(run.teacher.run) / "checkpoints", distributed.rank(), distributed.world_size())
-    return run.model_copy(update={"teacher": run.teacher.model_copy(update={"step": step})})
+    resolved, teacher, guidance = Path(run.out) / "config.resolved.yaml", run.teacher, run.method.guidance
+    has_begun = resolved.is_file() and durable.published(Path(run.out) / "checkpoints")
+    begun = load_run(DistillRun, str(resolved)) if has_begun else None
+    if teacher.step is None:
+        step = newest_valid(Path(teacher.run) / "checkpoints", distributed.rank(), distributed.world_size())
+        teacher = teacher.model_copy(update={"step": begun.teacher.step if begun else step})
+    if guidance.weak and guidance.weak.step is None and begun and (weak := begun.method.guidance.weak):
+        guidance = guidance.model_copy(update={"weak": guidance.weak.model_copy(update={"step": weak.step})})
+    method = run.method.model_copy(update={"guidance": pinned(guidance)})
+    return run.model_copy(update={"teacher": teacher, "method": method})

@@ -6,7 +6,7 @@ from math import prod
 from typing import assert_never
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning, Grid, check_patch, pack_conditioning, unpack
@@ -35,6 +35,7 @@ from dit.diffusion import (
     vary,
 )
 from dit.editing import Edit
+from dit.engine.checkpoint import newest_valid
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, null_label
 from dit.runtime import distributed
@@ -146,10 +147,24 @@ def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guid
     return guided if guidance.interval == (0, 1) else Within(denoiser, guided, *guidance.interval)
 
 
-def _weak_model(config: WeakModel, encoders: Encoders, path: Path) -> Denoiser:
+def pinned(guidance: Guidance) -> Guidance:
+    """`guidance`, and if by a weaker model, by the checkpoint that is its newest valid one now. Called by all ranks."""
+    weak = guidance.weak
+    if weak is None or weak.step is not None:
+        return guidance
+    step = newest_valid(pathlib.Path(weak.run) / "checkpoints", distributed.rank(), distributed.world_size())
+    return guidance.model_copy(update={"weak": weak.model_copy(update={"step": step})})
+
+
+def weak_network(config: WeakModel, encoders: Encoders) -> tuple[nn.Module, TrainRun]:
+    """The weaker model of a guidance, and the run that trained it."""
     trained = TrainedRun.open(config.run, "guidance.weak.run")
-    network = trained.backbone(encoders, config.step, "ema", encoders.null_text.device)
-    return build_denoiser(trained.base.objective, network, path)
+    return trained.backbone(encoders, config.step, "ema", encoders.null_text.device), trained.base
+
+
+def _weak_model(config: WeakModel, encoders: Encoders, path: Path) -> Denoiser:
+    network, base = weak_network(config, encoders)
+    return build_denoiser(base.objective, network, path)
 
 
 def check_request(

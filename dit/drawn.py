@@ -14,7 +14,7 @@ from data_pipelines.randomness import key
 from data_pipelines.raw import RawSample
 from dit.config import Drawn
 from dit.config.objective import SamplingConfig
-from dit.drawing import draw_tokens
+from dit.drawing import draw_tokens, pinned, weak_network
 from dit.encoders.base import hash_of_weights
 from dit.engine.checkpoint import newest_valid
 from dit.runs import Encoders, TrainedRun
@@ -41,7 +41,9 @@ class Drawer:
         if step is None:
             raise UserError(f"drawn.run={config.run} has no checkpoint yet: train it first")
         network = trained.backbone(encoders, step, config.weights, distributed.device())
-        return cls(config, trained, encoders, network, trained.sampling_for(config), step)
+        sampling = trained.sampling_for(config, "drawn.")
+        sampling = sampling.model_copy(update={"guidance": pinned(sampling.guidance)})
+        return cls(config, trained, encoders, network, sampling, step)
 
     def fingerprint(self) -> Mapping[str, object]:
         """All that the latents depend on beside captions, classes, sizes and ids."""
@@ -49,6 +51,7 @@ class Drawer:
             "weights": hash_of_weights(self.network),
             "step": self.step,
             "sampling": self.sampling.model_dump(mode="json"),
+            "weak": (weak := self.sampling.guidance.weak) and hash_of_weights(weak_network(weak, self.encoders)[0]),
             "seed": self.config.seed,
         }
 

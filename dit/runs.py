@@ -29,7 +29,7 @@ from dit.config.encoders import EncodersConfig
 from dit.config.objective import Guidance, SamplingConfig
 from dit.diffusion import RECTIFIED_FLOW, equip
 from dit.diffusion import Path as FlowPath
-from dit.distillation import build_student_sampling, student_backbone
+from dit.distillation import build_student_sampling, student_backbone, traits_of
 from dit.encoders import LatentCodec, TextEncoder, build_latent_codec, build_text_encoder
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
@@ -100,17 +100,26 @@ class TrainedRun:
         run = load_run(TrainRun, str(resolved))
         return cls(folder, run, run)
 
-    def sampling_for(self, contestant: Contestant) -> SamplingConfig:
-        """The sampler that `contestant` asks for, else this run's own."""
+    def sampling_for(self, contestant: Contestant, section: str = "contestants.") -> SamplingConfig:
+        """The sampler that `contestant` asks for, else this run's own. section: where its keys stand in the config.
+
+        Raises UserError for a guidance or a number of steps that a student has not learned.
+        """
         sampling = contestant.sampling or self.sampling
         if isinstance(self.run, DistillRun) and isinstance(self.run.method, ConsistencyConfig) and self.run.method.guidance_range:
             (low, high), asked = self.run.method.guidance_range, sampling.guidance
             if not low <= asked.scale <= high or asked != Guidance(s=asked.s, w=asked.w):
                 raise UserError(
                     f"{self.path} is a student that takes the scale of guidance as an input, from s={low:g} to {high:g}, and is asked for "
-                    f"{asked!r}: give contestants sampling.guidance.s in that range, and no other option of guidance"
+                    f"{asked!r}: give {section}sampling.guidance.s in that range, and no other option of guidance"
                 )
-        return sampling.model_copy(update={"steps": contestant.steps}) if contestant.steps else sampling
+        sampling = sampling.model_copy(update={"steps": contestant.steps}) if contestant.steps else sampling
+        if isinstance(self.run, DistillRun) and not traits_of(self.run.method).any_steps and sampling.steps != self.sampling.steps:
+            raise UserError(
+                f"{self.path} is a student of {self.run.method.name} that knows its own {self.sampling.steps} steps alone, and is asked "
+                f"for {sampling.steps}: remove {section}{'steps' if contestant.steps else 'sampling'}"
+            )
+        return sampling
 
     @property
     def flow(self) -> FlowPath | None:

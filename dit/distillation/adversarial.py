@@ -54,6 +54,7 @@ class Adversarial:
         loss = cond.per_sample(F.relu(1 - of_data)) + cond.per_sample(F.relu(1 + of_samples))
         if config.mismatched:
             wrong, others = under_other_captions(cond)
+            others = others * (batch.weights.roll(1) != 0).to(others)  # a hole has no caption
             of_wrong = judge(batch.tokens, purpose="noise of data", batch=replace(batch, cond=wrong))
             loss = loss + others * cond.per_sample(F.relu(1 + of_wrong))
         if config.smoothness:

@@ -6,6 +6,7 @@ Knows no prompts, pixels or files: conditions, keys and denoisers in, figures ou
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -75,8 +76,8 @@ class Judge:
         )
 
     @torch.no_grad()
-    def __call__(self, student: Denoiser) -> tuple[dict[str, float], dict[int, Tensor]]:
-        """Figures by name, and the student's latents (N, D) by number of steps.
+    def __call__(self, student: Denoiser) -> tuple[dict[str, float | None], dict[int, Tensor]]:
+        """Figures by name, None for what is no number, and the student's latents (N, D) by number of steps.
 
         distance/n and teacher/n: of student and teacher in n steps to the teacher's long walk; change/n their difference with its 95 %
         interval; verdict/n: 1 better, -1 worse than the teacher, 0 no evidence. gap/t and self_consistency/t: of the jump at t (see
@@ -97,7 +98,7 @@ class Judge:
         if (still := self._motion(truth)) > 0:
             figures["motion"] = self._motion(own) / still
         figures["diversity"] = self._within(own) / self._within(truth)
-        return figures, drawn
+        return {name: value if isfinite(value) else None for name, value in figures.items()}, drawn
 
     def draw(self, denoiser: Denoiser, sampling: SamplingConfig) -> Tensor:
         """Latents (N, D) float32 on the CPU."""

@@ -40,8 +40,11 @@ class MeanFlow:
         target = velocity - on_tokens(jump, cond, rate) * rate
         squared = cond.per_sample((student(x_t, t, cond).float() - target).square())
         weight = (squared.detach() + config.constant) ** -config.power
-        error, is_plain = squared.detach(), (jump == 0) | (batch.weights == 0)
-        figures = {"velocity_error": error.where(jump == 0, torch.nan), "jump_error": error.masked_fill(is_plain, torch.nan)}
+        error, is_plain, is_hole = squared.detach(), jump == 0, batch.weights == 0
+        figures = {
+            "velocity_error": error.masked_fill(~is_plain | is_hole, torch.nan),
+            "jump_error": error.masked_fill(is_plain | is_hole, torch.nan),
+        }
         return Losses(weight * squared * batch.weights, t, figures)
 
     def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:

@@ -85,8 +85,8 @@ class ToldHeads(nn.Module):
         dtype = next(self.parameters()).dtype
         told = self.caption(torch.stack([part.mean(0) for part in cond.text.split(cond.text_lengths)]).to(dtype))
         if self.label is not None:
-            assert cond.labels is not None, "a pack of classes without labels"
-            told = told + self.label(cond.labels)
+            labels = told.new_zeros(len(told), dtype=torch.long) if cond.labels is None else cond.labels  # a pack of holes alone has none
+            told = told + self.label(labels)
         said = []
         for body, plain, one, counts, c in zip(self.bodies, self.plain, layers, places, told.chunk(len(layers), dim=1), strict=True):
             h = torch.stack([part.mean(0) for part in body(one.to(dtype)).split(list(counts))])  # (n, width)

@@ -243,8 +243,7 @@ def _evaluate(
         if records.is_writer:
             log.info("held-out loss %.4g: %s", cells["all"]["loss"], held_out.in_words(cells["all"]))
     if judge and engine.step % judge.every_steps == 0:
-        student = _with_averages(judge, engine, records) or {}  # one rank may judge for all
-        figures["student"] = {name: value if value is not None and math.isfinite(value) else None for name, value in student.items()}
+        figures["student"] = dict(_with_averages(judge, engine, records) or {})  # one rank may judge for all; None is no number
         records.scalars({f"student/{name}": value for name, value in figures["student"].items() if value is not None}, engine.step)
     return figures
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from data_pipelines.config_file import load_run, save_resolved
 from data_pipelines.errors import NoValidCheckpoint, UserError
 from data_pipelines.packed import Conditioning, patchify
-from dit.config import DistillRun, TrainRun
+from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.distillation import ConsistencyConfig
-from dit.config.objective import Guidance
+from dit.config.objective import Guidance, SamplingConfig, WeakModel
 from dit.diffusion import RECTIFIED_FLOW
 from dit.diffusion.ground_truth import pack_of_points
-from dit.distill import check_critic, check_teacher, frames_of, looks_of, with_fixed_teacher
+from dit.distill import check_critic, check_teacher, frames_of, looks_of, with_fixed_networks
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import guide
 from dit.engine import durable
@@ -43,13 +43,13 @@ def checkpoint(root: Path, step: int) -> None:
 def test_a_student_keeps_the_teacher_that_it_began_with(tmp_path: Path) -> None:
     teacher, student = (tmp_path / name / "checkpoints" for name in ("teacher", "student"))
     checkpoint(teacher, 5)
-    run = with_fixed_teacher(request(tmp_path, None))
+    run = with_fixed_networks(request(tmp_path, None))
     assert run.teacher.step == 5
     checkpoint(student, 1)
     save_resolved(run, tmp_path / "student" / "config.resolved.yaml")
     checkpoint(teacher, 10)
-    assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
-    assert with_fixed_teacher(request(tmp_path, 10)).teacher.step == 10
+    assert with_fixed_networks(request(tmp_path, None)).teacher.step == 5
+    assert with_fixed_networks(request(tmp_path, 10)).teacher.step == 10
 
 
 def test_a_damaged_checkpoint_of_the_teacher_is_passed_over(tmp_path: Path) -> None:
@@ -57,10 +57,10 @@ def test_a_damaged_checkpoint_of_the_teacher_is_passed_over(tmp_path: Path) -> N
     for step in (5, 10):
         checkpoint(teacher, step)
     (teacher / "step-00000010" / "manifest.json").write_text("{}")
-    assert with_fixed_teacher(request(tmp_path, None)).teacher.step == 5
+    assert with_fixed_networks(request(tmp_path, None)).teacher.step == 5
     (teacher / "step-00000005" / "manifest.json").unlink()
     with pytest.raises(NoValidCheckpoint, match="step-00000005"):
-        with_fixed_teacher(request(tmp_path, None))
+        with_fixed_networks(request(tmp_path, None))
 
 
 def test_a_checkpoint_may_stand_for_its_run() -> None:
@@ -71,11 +71,72 @@ def test_a_checkpoint_may_stand_for_its_run() -> None:
         DistillRun.model_validate(values | {"teacher": {"run": "runs/teacher/checkpoints/step-00000500/", "step": 400}})
 
 
+def test_a_student_keeps_the_weaker_model_that_guided_its_teacher(tmp_path: Path) -> None:
+    for name in ("teacher", "weak"):
+        checkpoint(tmp_path / name / "checkpoints", 5)
+    values = request(tmp_path, None).model_dump()
+    values["method"] = {"name": "consistency", "guidance": {"s": 2, "weak": {"run": str(tmp_path / "weak")}}}
+    asked = DistillRun.model_validate(values)
+    run = with_fixed_networks(asked)
+    assert run.method.guidance.weak == WeakModel(run=str(tmp_path / "weak"), step=5)
+    checkpoint(tmp_path / "student" / "checkpoints", 1)
+    save_resolved(run, tmp_path / "student" / "config.resolved.yaml")
+    checkpoint(tmp_path / "weak" / "checkpoints", 10)
+    assert with_fixed_networks(asked) == run
+
+
+CRITIC = {"critic": {"optimizer": {"lr": 1e-3}}}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "said"),
+    [
+        ({"name": "mean_flow"}, {"name": "consistency"}, None),
+        ({"name": "progressive", "student_steps": 8}, {"name": "progressive", "student_steps": 4, "teacher_steps": 2}, None),
+        ({"name": "consistency", "phases": 4, "student_steps": 4}, {"name": "progressive", "student_steps": 1, "teacher_steps": 4}, None),
+        ({"name": "progressive", "student_steps": 8}, {"name": "progressive", "student_steps": 2, "teacher_steps": 2}, "= 4: expected"),
+        ({"name": "progressive", "student_steps": 8}, {"name": "consistency"}, "its 8 steps alone, got method.name=consistency"),
+        ({"name": "consistency"}, {"name": "progressive"}, "jumps to the data"),
+        ({"name": "distribution_matching", **CRITIC}, {"name": "consistency"}, "jumps to the data"),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_which_students_teach(teacher: dict[str, object], student: dict[str, object], said: str | None) -> None:
+    """A mean velocity is one of the flow; steps are known to a student that takes several of them as one."""
+    base = request(Path("runs"), None).model_dump()
+    taught, run = (DistillRun.model_validate(base | {"method": method | {"guidance": {"s": 1}}}) for method in (teacher, student))
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_teacher(run, TrainedRun(Path("runs/teacher"), taught, BASE))
+
+
+@pytest.mark.parametrize(("s", "said"), [(1.0, "from s=2 to 6"), (3.0, None), (7.0, "from s=2 to 6")])
+def test_a_student_that_is_told_its_guidance_teaches_at_scales_of_its_range(s: float, said: str | None) -> None:
+    told = {"name": "consistency", "phases": 4, "student_steps": 4, "guidance": {"s": 3}, "guidance_range": [2, 6]}
+    own = {"name": "progressive", "student_steps": 2, "teacher_steps": 2, "guidance": {"s": s}}
+    base = request(Path("runs"), None).model_dump()
+    teacher, run = (DistillRun.model_validate(base | {"method": method}) for method in (told, own))
+    with nullcontext() if said is None else pytest.raises(UserError, match=said):
+        check_teacher(run, TrainedRun(Path("runs/teacher"), teacher, BASE))
+
+
+def test_a_student_takes_the_steps_that_it_knows() -> None:
+    for method, can in (({"name": "consistency"}, True), ({"name": "consistency", "phases": 4, "student_steps": 4}, False)):
+        values = request(Path("runs"), None).model_dump() | {"method": method | {"guidance": {"s": 2}}}
+        trained = TrainedRun(Path("runs/student"), DistillRun.model_validate(values), BASE)
+        own = trained.sampling
+        assert trained.sampling_for(Contestant(run="", steps=own.steps)) == own
+        others = (Contestant(run="", steps=2), Contestant(run="", sampling=SamplingConfig(sampler=own.sampler, steps=2)))
+        for other, key in zip(others, ("steps", "sampling"), strict=True):
+            with nullcontext() if can else pytest.raises(UserError, match=f"4 steps alone, and is asked for 2: remove contestants.{key}"):
+                assert trained.sampling_for(other).steps == 2
+
+
 def test_a_teacher_that_cannot_be_guided_is_refused() -> None:
     run, base = request(Path("runs"), None), BASE
     check_teacher(run, TrainedRun(Path("runs/teacher"), base, base))
     undropped = base.model_copy(update={"objective": base.objective.model_copy(update={"condition_dropout": 0.0})})
-    for trained, said in ((undropped, "condition_dropout=0"), (run, "baked in")):
+    student = DistillRun.model_validate(run.model_dump() | {"method": {"name": "mean_flow", "guidance": {"s": 2}}})
+    for trained, said in ((undropped, "condition_dropout=0"), (student, "baked in")):
         with pytest.raises(UserError, match=said):
             check_teacher(run, TrainedRun(Path("runs/teacher"), trained, undropped))
         plain = run.model_copy(update={"method": run.method.model_copy(update={"guidance": Guidance(s=1.0)})})

@@ -67,7 +67,9 @@ def test_the_undistilled_model_is_not_distinguishable_from_itself_and_no_number_
     figures = judged(MIXTURE)[0]
     assert [figures[f"verdict/{n}"] for n in (1, 2, 4, 8)] == [0.0] * 4
     assert figures["distance/2"] == figures["teacher/2"] > figures["teacher/8"] > 0
-    assert judged(lambda x_t, t, cond: x_t * torch.nan)[0]["verdict/4"] == -1
+    broken = judged(lambda x_t, t, cond: x_t * torch.nan)[0]
+    assert broken["verdict/4"] == -1
+    assert advice([(1, figures), (2, broken)], 4)[0].startswith("It draws no numbers any more")
 
 
 def test_figures_depend_on_the_keys_alone() -> None:
