@@ -69,17 +69,25 @@ METHODS: dict[str, tuple[Part, ...]] = {
     ),
     "consistency, from data": (Part("{name: consistency, guidance: {s: 1}, flow: data, stages: 4}", 1.0, STEPS),),
     "distribution_matching": (
-        Part(f"{{name: distribution_matching, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),
+        Part(f"{{name: distribution_matching, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=6e-4", ADVERSE)),
+    ),
+    "distribution_matching, 1 step": (
+        Part(
+            f"{{name: distribution_matching, guidance: GUIDANCE, student_steps: 1, critic: {SCORE_CRITIC}}}",
+            1.0,
+            STEPS[:2],
+            ("optimizer.lr=6e-4", ADVERSE),
+        ),
     ),
     "score_regularised": (
         Part(f"{{name: score_regularised, guidance: GUIDANCE, critic: {SCORE_CRITIC}}}", 1.0, STEPS, ("optimizer.lr=3e-4", ADVERSE)),
     ),
-    "moment_matching": (Part("{name: moment_matching, guidance: GUIDANCE, student_steps: 4}", 1.0, STEPS[1:], ("optimizer.lr=3e-4",)),),
+    "moment_matching": (Part("{name: moment_matching, guidance: GUIDANCE, student_steps: 4}", 1.0, (4,), ("optimizer.lr=3e-4",)),),
     "moment_matching, critic": (
         Part(
             f"{{name: moment_matching, guidance: GUIDANCE, student_steps: 4, critic: {MOMENT_CRITIC}}}",
             1.0,
-            STEPS[1:],
+            (4,),
             ("optimizer.lr=3e-4", ADVERSE),
         ),
     ),
