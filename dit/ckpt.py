@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from data_pipelines.errors import NoValidCheckpoint, UserError
 from data_pipelines.progress import track
+from dit.config import known_weights
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 from dit.interop.wan import channels_of, diffusers_config, to_diffusers
@@ -102,9 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     export = subs["export"]
     export.add_argument("--out", required=True, help="folder to write")
     export.add_argument("--step", type=int, help="which checkpoint (default: the newest valid)")
-    export.add_argument("--weights", default="ema", help="ema, model, or sigma_rel=S, see ema.sigma_rel (default: %(default)s)")
+    export.add_argument(
+        "--weights", type=_weights, default="ema", help="ema, model, or sigma_rel=S, see ema.sigma_rel (default: %(default)s)"
+    )
     export.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors", help="diffusers: a WanTransformer3DModel")
     return parser
+
+
+def _weights(text: str) -> str:
+    try:
+        return known_weights(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

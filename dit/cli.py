@@ -87,11 +87,12 @@ def _dispatch(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for package in ("dit", "data_pipelines"):
         logging.getLogger(package).setLevel(logging.INFO)
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]  # a launcher's, which says it by the environment too
     if arguments and arguments[0] == "data":
         return int(importlib.import_module("data_pipelines.__main__").main(arguments[1:]) or 0)
     if arguments and arguments[0] in PLAIN_VERBS:
         return int(importlib.import_module(f"dit.{arguments[0]}").main(arguments[1:]) or 0)
-    options = _parser().parse_args([a for a in arguments if not a.startswith("--local_rank")])
+    options = _parser().parse_args(arguments)
     verb = VERBS[options.verb]
     config, files = importlib.import_module("dit.config"), importlib.import_module("data_pipelines.config_file")
     root = verb.student_root if verb.student_root and files.has_section(options.config, "teacher") else verb.root

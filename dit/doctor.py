@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="dit doctor", description=__doc__, epilog="under torchrun or srun: all ranks and their network")
     parser.add_argument("config", nargs="?", help="YAML file of a run, whose folders are checked too")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds that ranks may be apart in starting (default: %(default)s)")
-    options = parser.parse_args([argument for argument in argv if not argument.startswith("--local_rank")])
+    options = parser.parse_args(argv)
     config = options.config
     is_first_here = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
     items = [*_packages(), *_machine(), *_folders(config)] if is_first_here else []
@@ -146,8 +146,10 @@ def _folders(config: str | None) -> Iterator[Item]:
         return
     try:
         values = yaml.safe_load(Path(config).read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{config}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{config}: got {type(values).__name__}, expected a config, a mapping of keys to values")
     for key, address in _addresses(values):
         if key == "out":
             if (path := storage.local_path(address)) is not None:
@@ -163,8 +165,10 @@ def _folders(config: str | None) -> Iterator[Item]:
 
 
 def _addresses(values: Any) -> Iterator[tuple[str, str]]:
-    """Every `path`, `source`, `out` and `checkpoint_store` in a config."""
+    """Every `path`, `source`, `out` and `checkpoint_store` in a config, but those of encoders, which may be names of a model hub."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if key == "encoders":
+            continue
         if key in ("path", "source", "out", "checkpoint_store") and isinstance(value, str):
             yield key, value
         elif isinstance(value, dict | list):

@@ -2,6 +2,8 @@
 
 import pathlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import assert_never
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning, Grid, check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
-from dit.config import TrainRun
+from dit.config import Contestant, TrainRun
 from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
@@ -39,6 +41,35 @@ from dit.engine.checkpoint import newest_valid
 from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, null_label
 from dit.runtime import distributed
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A contestant as it will be drawn, on every rank alike. step: its checkpoint, None if there is none."""
+
+    trained: TrainedRun
+    step: int | None
+    sampling: SamplingConfig
+
+    @classmethod
+    def of(cls, contestant: Contestant, section: str) -> "Opened":
+        """Read its run, and fix which checkpoint is the newest valid one now. Called by all ranks. section: where its keys stand."""
+        trained = TrainedRun.open(contestant.run, f"{section}run")
+        step = contestant.step or newest_valid(trained.path / "checkpoints", distributed.rank(), distributed.world_size())
+        sampling = trained.sampling_for(contestant, section)
+        return cls(trained, step, sampling.model_copy(update={"guidance": pinned(sampling.guidance)}))
+
+    def network(self, encoders: Encoders, weights: str) -> nn.Module:
+        """Its backbone, frozen."""
+        return self.trained.backbone(encoders, self.step, weights, distributed.device())
+
+
+def told_apart(traits: Sequence[Sequence[str]]) -> list[str]:
+    """A name for each contestant: its first trait, and where those are not enough, of the others those in which contestants differ."""
+    differ = [j for j in range(1, len(traits[0])) if len({each[j] for each in traits}) > 1]
+    firsts = [each[0] for each in traits]
+    names = firsts if len({*firsts}) == len(firsts) else [" ".join([each[0], *(each[j] for j in differ)]) for each in traits]
+    return [name if names.count(name) == 1 else f"{name} no. {number}" for number, name in enumerate(names, 1)]
 
 
 @torch.no_grad()
@@ -156,6 +187,7 @@ def pinned(guidance: Guidance) -> Guidance:
     return guidance.model_copy(update={"weak": weak.model_copy(update={"step": step})})
 
 
+@lru_cache(maxsize=1)  # a batch after another asks for it
 def weak_network(config: WeakModel, encoders: Encoders) -> tuple[nn.Module, TrainRun]:
     """The weaker model of a guidance, and the run that trained it."""
     trained = TrainedRun.open(config.run, "guidance.weak.run")

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,9 @@ from data_pipelines.packed import Grid, check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from data_pipelines.raw import RawSample
 from dit.config import Drawn
-from dit.config.objective import SamplingConfig
-from dit.drawing import draw_tokens, pinned, weak_network
+from dit.drawing import Opened, draw_tokens, weak_network
 from dit.encoders.base import hash_of_weights
-from dit.engine.checkpoint import newest_valid
-from dit.runs import Encoders, TrainedRun
+from dit.runs import Encoders
 from dit.runtime import distributed
 
 
@@ -26,45 +23,38 @@ class Drawer:
     """A model of a run, with the sampler that it draws by."""
 
     config: Drawn
-    trained: TrainedRun
+    opened: Opened
     encoders: Encoders
     network: nn.Module
-    sampling: SamplingConfig
-    step: int
 
     @classmethod
     def load(cls, config: Drawn) -> "Drawer":
         """Raises UserError for a run that is none or has no checkpoint. Called by all ranks."""
-        trained = TrainedRun.open(config.run, "drawn.run")
-        encoders = Encoders.load(trained.base.encoders, distributed.device())
-        step = config.step or newest_valid(Path(config.run) / "checkpoints", distributed.rank(), distributed.world_size())
-        if step is None:
-            raise UserError(f"drawn.run={config.run} has no checkpoint yet: train it first")
-        network = trained.backbone(encoders, step, config.weights, distributed.device())
-        sampling = trained.sampling_for(config, "drawn.")
-        sampling = sampling.model_copy(update={"guidance": pinned(sampling.guidance)})
-        return cls(config, trained, encoders, network, sampling, step)
+        opened = Opened.of(config, "drawn.")
+        encoders = Encoders.load(opened.trained.base.encoders, distributed.device())
+        return cls(config, opened, encoders, opened.network(encoders, config.weights))
 
     def fingerprint(self) -> Mapping[str, object]:
         """All that the latents depend on beside captions, classes, sizes and ids."""
+        sampling = self.opened.sampling
         return {
             "weights": hash_of_weights(self.network),
-            "step": self.step,
-            "sampling": self.sampling.model_dump(mode="json"),
-            "weak": (weak := self.sampling.guidance.weak) and hash_of_weights(weak_network(weak, self.encoders)[0]),
+            "step": self.opened.step,
+            "sampling": sampling.model_dump(mode="json"),
+            "weak": (weak := sampling.guidance.weak) and hash_of_weights(weak_network(weak, self.encoders)[0]),
             "seed": self.config.seed,
         }
 
     def check_size(self, size: Grid, name: str) -> None:
         """Raise UserError that names `name` unless the model can draw clips of `size` (frames, height, width)."""
-        check_patch(self.encoders.latent_size(size, name), self.trained.base.backbone.patch_size)
+        check_patch(self.encoders.latent_size(size, name), self.opened.trained.base.backbone.patch_size)
 
     def __call__(self, samples: Sequence[RawSample], texts: Sequence[Tensor], sizes: Sequence[Grid]) -> list[Tensor]:
         """Latents (C, T, H, W) for each sample. texts: (S, D) of each. sizes: of each clip. Those of equal size are drawn together.
 
         Raises UserError for a sample without a class, if the model has classes.
         """
-        base, by_size = self.trained.base, defaultdict[Grid, list[int]](list)
+        base, by_size = self.opened.trained.base, defaultdict[Grid, list[int]](list)
         for number, size in enumerate(sizes):
             by_size[size].append(number)
         drawn: dict[int, Tensor] = {}
@@ -72,12 +62,12 @@ class Drawer:
             grid = check_patch(self.encoders.latents.latent_size(size), base.backbone.patch_size)
             cond = pack_conditioning([grid] * len(own), [texts[i] for i in own], self._labels([samples[i] for i in own]))
             keys = [key("drawn", self.config.seed, samples[i].id) for i in own]
-            tokens = draw_tokens(self.network, self.encoders, base, cond, self.sampling, keys, self.trained.flow)
+            tokens = draw_tokens(self.network, self.encoders, base, cond, self.opened.sampling, keys, self.opened.trained.flow)
             drawn |= dict(zip(own, unpack(tokens, cond, base.backbone.patch_size), strict=True))
         return [drawn[number] for number in range(len(samples))]
 
     def _labels(self, samples: Sequence[RawSample]) -> Tensor | None:
-        classes = self.trained.base.backbone.num_classes
+        classes = self.opened.trained.base.backbone.num_classes
         if classes is None:
             return None
         for sample in samples:

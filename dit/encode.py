@@ -100,7 +100,7 @@ def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
         for reason, count in source.dropped.items():
             print(f"{source.name}: {count} samples left out by {reason}")
     if is_first and drawer and rest:
-        print(f"latents are drawn by {drawer.trained.path}, step {drawer.step}: {drawer.sampling}")
+        print(f"latents are drawn by {drawer.opened.trained.path}, step {drawer.opened.step}: {drawer.opened.sampling}")
     plans = [_plan(run, source.name, shard.name, shard.address, source.entries(shard)) for _, source, shard in rest]
     progress = Progress(sum(map(len, plans)), "encoding", "samples of this process", silent=not is_first)
     packs = read_packs(_tasks(plans, run.batch_size), run.num_workers if rest else 0)

@@ -17,7 +17,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.progress import track
 from dit.config import EvaluateRun
 from dit.config.evaluation import FidelityConfig, ShapesClips, TemporalConfig
-from dit.drawing import check_request, draw, sample_keys
+from dit.drawing import Opened, check_request, draw, sample_keys, told_apart
 from dit.encoders.base import hash_of_weights
 from dit.evaluation.clips import RULES, Clip, clips_of, splits_of
 from dit.evaluation.metrics import Batch, Metric, build_metrics
@@ -52,11 +52,15 @@ def main(run: EvaluateRun) -> int:
     distributed.init_if_launched()
     _check_size(run)
     folder = make_folder(run.out, "out")
-    opened = [TrainedRun.open(contestant.run, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
+    contestants = [Opened.of(contestant, f"contestants.{index}.") for index, contestant in enumerate(run.contestants)]
+    names = told_apart([_traits(opened) for opened in contestants])
     metrics = build_metrics(run.metrics, distributed.device())
     splits = [_open_split(run, name, metrics) for name in splits_of(run.clips)]
     floor = {"name": "reference", "subject": None, "seconds_per_clip": None, "figures": {split.name: split.floor for split in splits}}
-    judged = [_judge(run, index, trained, metrics, splits, folder) for index, trained in enumerate(opened)]
+    judged = [
+        _judge(run, index, name, opened, metrics, splits, folder)
+        for index, (name, opened) in enumerate(zip(names, contestants, strict=True))
+    ]
     if distributed.rank() > 0:
         return 0
     results: Results = {"protocol": _protocol(run, metrics, splits), "rows": [*judged, floor]}
@@ -161,13 +165,18 @@ def _figures(metrics: Sequence[Metric], rows: Sequence[Tensor | None], reference
 # --- contestants ------------------------------------------------------------------------------------------------
 
 
+def _traits(opened: Opened) -> list[str]:
+    sampling, path = opened.sampling, opened.trained.path
+    own = f"{path.name} {sampling.sampler} {sampling.steps} s={sampling.guidance.scale:g}"
+    return [own, f"step {opened.step}", f"of {path.absolute().parent.name}"]
+
+
 def _judge(
-    run: EvaluateRun, index: int, trained: TrainedRun, metrics: Sequence[Metric], splits: Sequence[Split], folder: Path
+    run: EvaluateRun, index: int, name: str, opened: Opened, metrics: Sequence[Metric], splits: Sequence[Split], folder: Path
 ) -> dict[str, object]:
-    contestant, size, device = run.contestants[index], _size(run), distributed.device()
-    encoders = Encoders.load(trained.base.encoders, device)
-    backbone = trained.backbone(encoders, contestant.step, run.weights, device)
-    sampling = trained.sampling_for(contestant)
+    trained, sampling, size = opened.trained, opened.sampling, _size(run)
+    encoders = Encoders.load(trained.base.encoders, distributed.device())
+    backbone = opened.network(encoders, run.weights)
     keys = sample_keys(run.seed, run.samples)
     parts = _parts(run)
     own = [parts[number] for number in distributed.share(len(parts))]
@@ -185,14 +194,13 @@ def _judge(
 
     start, figures = time.monotonic(), {}
     for split in splits:
-        stem, shown = f"{trained.path.name}-{sampling.sampler}{sampling.steps}-{split.name}", list[Tensor]()
+        stem, shown = f"{name.replace(' ', '-')}-{split.name}", list[Tensor]()
         rows = _rows(metrics, drawn(split, stem, shown))
         figures[split.name] = _figures(metrics, rows, split.reference, run.per_caption)
         if distributed.rank() == 0:
             clips = torch.cat(shown)[:SHOWN]
             contact_sheet(clips, _marked(split.captions[: len(clips)], metrics, rows), folder / f"{stem}.png")
-    name = f"{trained.path.name} {sampling.sampler} {sampling.steps} s={sampling.guidance.scale:g}"
-    weights = {"step": contestant.step, "weights": run.weights, "checkpoint": hash_of_weights(backbone)}
+    weights = {"step": opened.step, "weights": run.weights, "checkpoint": hash_of_weights(backbone)}
     subject = {"run": str(trained.path), **weights, "sampling": sampling.model_dump(mode="json")}
     seconds = (time.monotonic() - start) * distributed.world_size() / (len(splits) * run.samples)  # of one process
     return {"name": name, "subject": subject, "seconds_per_clip": seconds, "figures": figures}

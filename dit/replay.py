@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("step", metavar="STEP", type=int, help="number of the step, from 1, as in metrics.jsonl")
     arguments = parser.parse_args(argv)
     samples, outcome = replay(arguments.run, arguments.step)
-    recorded = _recorded(Path(arguments.run), arguments.step)
+    ranks = _record(Path(arguments.run), arguments.step).get("ranks", [])
+    recorded = {sample["id"]: sample["loss"] for rank in ranks for sample in rank["samples"]}
     for sample in sorted(samples, key=lambda sample: -_rank(sample["loss"])):
         before = f"  recorded {recorded[sample['id']]}" if sample["id"] in recorded else ""
         print(f"{sample['id']}  t {sample['t']:.6f}  loss {sample['loss']}{before}")
@@ -51,7 +52,10 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
         engine, losses_of, _ = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)
     else:
         engine, losses_of = train.compose(run, encoders, stream)
-    steps = stream.steps(resume(engine, trained.path, before=step))
+    position, since = resume(engine, trained.path, before=step), _record(trained.path, step).get("since")
+    if since and since["step"] == engine.step:  # the run went on from there with other data
+        position = since["position"]
+    steps = stream.steps(position)
     if not engine.step < step:
         raise UserError(f"STEP={step}: expected a step from 1 on")
     for _ in track(range(engine.step + 1, step), f"steps {engine.step + 1} to {step - 1}"):
@@ -67,11 +71,10 @@ def _alone(run: TrainRun | DistillRun) -> TrainRun | DistillRun:
     return run.model_copy(update={"engine": EngineConfig(zero_stage=0, precision=run.engine.precision)})
 
 
-def _recorded(run: Path, step: int) -> dict[str, Any]:
+def _record(run: Path, step: int) -> dict[str, Any]:
+    """What was written down of a step that the guard did not take; nothing of others."""
     path = run / "bad_steps" / f"step-{step:08d}.json"
-    if not path.is_file():
-        return {}
-    return {sample["id"]: sample["loss"] for rank in json.loads(path.read_text())["ranks"] for sample in rank["samples"]}
+    return dict(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def _rank(loss: float | str) -> float:

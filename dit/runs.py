@@ -7,6 +7,7 @@ checkpoints/  samples/  tensorboard/
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -149,6 +150,8 @@ def make_folder(path: str, key: str) -> Path:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file of that name, no permission, a full disk
         raise UserError(f"{key}={path}: this folder cannot be made ({error.strerror}); give another `{key}`") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={path}: no permission to write there; give another `{key}`")
     return Path(path)
 
 
@@ -222,11 +225,13 @@ def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str,
 def _environment() -> dict[str, object]:
     packages = ("torch", "deepspeed", "transformers", "diffusers", "webdataset", "safetensors", "numpy", "av")
     versions = {name: _version(name) for name in packages}
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    ask = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git here
+        commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "packages": versions, "commit": commit.stdout.strip() or None, "device": device}
+    return {"python": platform.python_version(), "packages": versions, "commit": commit or None, "device": device}
 
 
 def _version(name: str) -> str | None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from data_pipelines.packed import check_patch
 from data_pipelines.progress import track
 from data_pipelines.video import write_mp4
-from dit.config import Contestant, SampleRun
+from dit.config import SampleRun
 from dit.config.editing import Extend
-from dit.drawing import check_request, draw, sample_keys, visited
+from dit.drawing import Opened, check_request, draw, sample_keys, told_apart, visited
 from dit.editing import Edit, check_edit, extend, read_edit
 from dit.evaluation.pictures import contact_sheet, write_video_grid
-from dit.runs import Encoders, TrainedRun, make_folder
+from dit.runs import Encoders, make_folder
 from dit.runtime import distributed
 
 FPS = 8.0
@@ -28,14 +28,15 @@ def main(run: SampleRun) -> int:
     Processes share the batches, and the first one writes.
     """
     distributed.init_if_launched()
-    if run.edit is not None:
-        for index, contestant in enumerate(run.contestants):
-            trained = TrainedRun.open(contestant.run, f"contestants.{index}.run")
-            check_edit(run.edit, trained, trained.sampling_for(contestant), f"contestants.{index}")
+    contestants = [Opened.of(contestant, f"contestants.{index}.") for index, contestant in enumerate(run.contestants)]
+    for index, opened in enumerate(contestants):
+        if run.edit is not None:
+            check_edit(run.edit, opened.trained, opened.sampling, f"contestants.{index}")
     folder = make_folder(run.out, "out")
-    drawn = [_draw(run, contestant, f"contestants.{index}.run") for index, contestant in enumerate(run.contestants)]
+    videos_of = [_draw(run, opened) for opened in contestants]
     if distributed.rank() > 0:
         return 0
+    drawn = list(zip(told_apart([_traits(opened) for opened in contestants]), videos_of, strict=True))
     for name, videos in drawn:
         _write_files(videos, folder / name.replace(" ", "_"), exact=run.edit is not None)
     names = [f"{name}: {prompt}" if len(drawn) > 1 else prompt for prompt in run.prompts for name, _ in drawn]
@@ -51,22 +52,26 @@ def main(run: SampleRun) -> int:
     return 0
 
 
-def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor]:
-    """A name for the contestant and its videos (B, T, H, W, 3) uint8."""
-    trained = TrainedRun.open(contestant.run, key)
-    device = distributed.device()
-    encoders = Encoders.load(trained.base.encoders, device)
+def _traits(opened: Opened) -> list[str]:
+    sampling, path = opened.sampling, opened.trained.path
+    guidance = f"s={sampling.guidance.scale:g}"
+    return [f"{path.name} {sampling.steps} steps", sampling.sampler, guidance, f"step {opened.step}", f"of {path.absolute().parent.name}"]
+
+
+def _draw(run: SampleRun, opened: Opened) -> Tensor:
+    """Its videos (B, T, H, W, 3) uint8."""
+    trained, sampling = opened.trained, opened.sampling
+    encoders = Encoders.load(trained.base.encoders, distributed.device())
     check_request(encoders, trained.base, run.prompts, run.labels, run.size, "")
     edit = None if run.edit is None else read_edit(run.edit, run.size, encoders)
     if edit is not None and not isinstance(run.edit, Extend):
         edit.tokens(encoders, trained.base.backbone.patch_size, 1)  # says what does not fit before the network is there
-    backbone = trained.backbone(encoders, contestant.step, run.weights, device)
-    sampling = trained.sampling_for(contestant)
+    backbone = opened.network(encoders, run.weights)
     grid = check_patch(encoders.latent_size(run.size, "size"), trained.base.backbone.patch_size)
     times = visited(trained.base, backbone, sampling, grid, trained.flow)[:-1].tolist()
     at = ", ".join(f"{t:.3g}" for t in (times if len(times) <= 8 else (*times[:3], *times[-3:])))
     if distributed.rank() == 0:
-        print(f"{contestant.run}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}, from t = {at}")
+        print(f"{trained.path}: {sampling.sampler} sampler, {sampling.steps} steps, guidance {sampling.guidance}, from t = {at}")
     keys = sample_keys(run.seed, len(run.prompts))
     parts = [slice(first, first + run.batch_size) for first in range(0, len(run.prompts), run.batch_size)]
     own = [parts[number] for number in distributed.share(len(parts))]
@@ -81,7 +86,7 @@ def _draw(run: SampleRun, contestant: Contestant, key: str) -> tuple[str, Tensor
     ]
     together = distributed.gather_rows(torch.cat(videos) if videos else None)
     assert together is not None, "a config has a prompt"
-    return f"{trained.path.name} {sampling.steps} steps", together
+    return together
 
 
 def _write_files(videos: Tensor, folder: Path, exact: bool) -> None:

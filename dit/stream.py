@@ -1,6 +1,7 @@
 """The data of a run as its verb sees it: plan, packs, and their encoding, with stale caches refused."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -28,6 +29,7 @@ from dit.models.flops import forward_flops
 from dit.runs import Encoders
 from dit.runtime import distributed
 
+log = logging.getLogger(__name__)
 CACHE_FILE = "cache.json"
 """In a folder of cached latents: fingerprints of the encoders that made them."""
 DONE_FILE = "manifest.json"
@@ -76,9 +78,14 @@ class Stream:
         check_cache(source, self.encoders, "validation.source")
         data = self.config.model_copy(update={"sources": [source], "packs_per_step": 1, "num_workers": 0})
         stream = StepStream(Plan(data, [read_source(config.source, config_key="validation.source")], self._grid_of, 0, self._cost_of), 0, 1)
-        packs: list[PackedLatents] = []
-        while sum(len(pack.keys) for pack in packs) < config.samples:
-            packs.append(self.encode(next(stream).packs[0]))
+        packs, seen = list[PackedLatents](), set[str]()
+        while len(seen) < config.samples:
+            pack = self.encode(next(stream).packs[0])
+            if seen & set(pack.ids):  # the second epoch: a sample counts once
+                log.warning("validation.source=%s has %d samples, validation.samples asks for %d", config.source, len(seen), config.samples)
+                break
+            packs.append(pack)
+            seen |= set(pack.ids)
         stream.close()
 
         real = torch.cat([pack.weights for pack in packs]).bool().cpu()

@@ -1,20 +1,39 @@
 """The five roots of the configuration, one a verb. Every knob of the system is in this folder or in data_pipelines/config.py."""
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import DataConfig, ExecutorConfig, Section, Size, SizeRule, Source
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.distillation import DiagnosisConfig, MethodConfig, TeacherConfig
 from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
-from dit.config.engine import EMAConfig, EngineConfig, GuardConfig, OptimizerConfig, PreviewConfig, TrainConfig, ValidationConfig
+from dit.config.engine import (
+    MAX_SIGMA_REL,
+    EMAConfig,
+    EngineConfig,
+    GuardConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from dit.config.evaluation import AdherenceConfig, Metric, ShapesClips, StoredClips
 from dit.config.objective import DDPMConfig, ObjectiveConfig, RectifiedFlowConfig, SamplingConfig
 from dit.config.path import VPPath
 
-Weights = Annotated[str, Field(pattern=r"^(ema|model|sigma_rel=0?\.\d+)$")]
+
+def known_weights(text: str) -> str:
+    """`text`, if it names weights of a checkpoint. Raises ValueError."""
+    width = re.fullmatch(r"sigma_rel=(0?\.\d+)", text)
+    if text not in ("ema", "model") and not (width and 0 < float(width[1]) < MAX_SIGMA_REL):
+        raise ValueError(f"got {text}, expected ema, model, or sigma_rel=S with 0 < S < {MAX_SIGMA_REL}")
+    return text
+
+
+Weights = Annotated[str, AfterValidator(known_weights)]
 
 
 class FitRun(Section):
@@ -202,6 +221,9 @@ class EvaluateRun(Section):
             raise ValueError("metrics: diversity compares clips of one caption: set per_caption to 2 or more")
         if (sets := names & {"frechet", "kernel", "precision_recall"}) and self.samples < 40:
             raise ValueError(f"metrics: {', '.join(sorted(sets))} needs at least 40 samples, got samples={self.samples}")
+        for number, metric in enumerate(self.metrics):
+            if (k := getattr(metric, "k", 0)) >= self.samples:
+                raise ValueError(f"metrics.{number}.k={k}: a clip has {self.samples - 1} neighbours among samples={self.samples}")
         return self
 
 

@@ -56,10 +56,14 @@ class EngineConfig(Section):
         return self
 
 
+MAX_SIGMA_REL = 0.28
+"""No power function has a profile that is wider by much."""
+
+
 class EMAConfig(Section):
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
     """Average of the weights: ema <- decay ema + (1 - decay) weights, after each step; shorter in the first steps."""
-    sigma_rel: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = ()
+    sigma_rel: tuple[Annotated[float, Field(gt=0, lt=MAX_SIGMA_REL)], ...] = ()
     """Further averages, with power-function profiles of these widths, as fractions of the time trained (such as [0.05, 0.1]). From
     two of them, and checkpoints kept along the run, `weights: sigma_rel=0.07` reconstructs any width after training."""
 

@@ -40,6 +40,9 @@ def resume(engine: Engine, run_dir: Path, before: int | None = None) -> Position
 
     Called by all ranks. Raises NoValidCheckpoint if there are checkpoints and none is valid, UserError if it is of another model.
     """
+    if before is None and distributed.rank() == 0:
+        durable.recover(run_dir / "checkpoints")
+    distributed.barrier()
     step = newest_valid(run_dir / "checkpoints", distributed.rank(), distributed.world_size(), before)
     if step is None:
         return None

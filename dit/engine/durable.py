@@ -49,6 +49,13 @@ def stage(root: Path, step: int) -> Path:
     return folder
 
 
+def recover(root: Path) -> None:
+    """Give back its name to a folder that was being replaced when the writer was killed. For the one writer of `root`."""
+    for replaced in root.glob(".replaced-step-*"):
+        if not (final := root / replaced.name.removeprefix(".replaced-")).exists():
+            replaced.rename(final)
+
+
 def staging_name(step: int) -> str:
     """Name of the hidden folder in which `step` is written."""
     return f".writing-step-{step:08d}"

@@ -1,5 +1,6 @@
 """The training loop, for training and distilling alike. Knows nothing of diffusion or of how data is read."""
 
+import json
 import logging
 import math
 import time
@@ -99,6 +100,7 @@ def fit(
     if engine.samples_seen >= train.samples:
         log.info("%s is finished: %d of %d samples", folder, engine.samples_seen, train.samples)
         with Saver(run) as saver:
+            _conclude(run, engine, max_bad_fraction, left_out)
             saver.settle()
         return FitResult("done", engine.step, engine.samples_seen, None)
     with Records(folder, engine.step, distributed.rank() == 0) as records, Saver(run) as saver, StopSignals(folder) as stop:
@@ -147,6 +149,17 @@ def fit(
         records.status(state, engine.step, samples_seen=engine.samples_seen, loss=loss, reason=stop.honoured())
         saver.settle()
         return FitResult(state, engine.step, engine.samples_seen, loss)
+
+
+def _conclude(run: FitRun, engine: Engine, max_bad_fraction: float, left_out: Sequence[str]) -> None:
+    """Say of a run whose last step is saved that it is done, if it was ended before it could, and was not ended for its data."""
+    status = Path(run.out) / "status.json"
+    said = json.loads(status.read_text())["state"] if status.is_file() else None
+    if distributed.gather_json(said)[0] == "done":
+        return
+    with Records(Path(run.out), engine.step, distributed.rank() == 0) as records:
+        BadBudget(max_bad_fraction, run.train.samples, records, left_out).check(engine.samples_seen)
+        records.status("done", engine.step, samples_seen=engine.samples_seen)
 
 
 class BadBudget:
@@ -205,15 +218,17 @@ def answer(outcome: Outcome, engine: Engine, records: Records, saver: Saver, tal
     facts = [{"rank": distributed.rank(), "grids": [list(pack.grids) for pack in batch.packs], "samples": tally.samples()}]
     facts = facts if distributed.sequence_rank() == 0 else []  # the others have the same packs
     norm = outcome.grad_norm if math.isfinite(outcome.grad_norm) else str(outcome.grad_norm)
-    record = {"step": step, "action": action, "reason": reason, "grad_norm": norm, "lr": engine.lr}
-    records.untrusted(record | {"ranks": [fact for facts in distributed.gather_json(facts) for fact in facts]})
+    record: dict[str, Any] = {"step": step, "action": action, "reason": reason, "grad_norm": norm, "lr": engine.lr}
+    record["ranks"] = [fact for facts in distributed.gather_json(facts) for fact in facts]
+    records.untrusted(record)
     if distributed.rank() == 0:
         log.warning("step %d: %s: %s (bad_steps/step-%08d.json)", step, action, reason, step)
     if action == "rollback":
         saver.finish()
         guard = engine.guard.state()
-        if checkpoint.resume(engine, records.run_dir) is None:
+        if (position := checkpoint.resume(engine, records.run_dir)) is None:
             raise UntrustedStep(f"step {step}: {reason}, and there is no checkpoint to return to")
+        records.untrusted(record | {"since": {"step": engine.step, "position": position}})  # the next save of that step moves its data on
         engine.guard.restore({name: guard[name] for name in ("judged", "bad")})
         records.rewind(engine.step)
     if action == "stop":

@@ -54,8 +54,7 @@ class Records:
             for name in ("samples", "tensorboard"):
                 (self.run_dir / name).mkdir(parents=True, exist_ok=True)
             self._metrics = JsonLines(self.run_dir / "metrics.jsonl", self._step)
-            validations = (json.loads(line)["held_out"] for line in reversed(self._metrics.kept) if '"held_out"' in line)
-            self.held_out = next(validations, None)
+            self.held_out = _last_validation(self._metrics)
             self._bad = JsonLines(self.bad_file, self._step)
             self._board = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self._step + 1, flush_secs=20)
             self.status("running", self._step)
@@ -81,10 +80,18 @@ class Records:
             self._metrics.write(record)
 
     def rewind(self, step: int) -> None:
-        """Forget the lines of `metrics.jsonl` behind `step`: their work is undone."""
-        if self._metrics:
-            self._metrics.close()
-            self._metrics = JsonLines(self.run_dir / "metrics.jsonl", step)
+        """Forget the lines of `metrics.jsonl` behind `step`: their work is undone. The samples that could not be read then are not read
+        again, so they stay, as found at `step`."""
+        self._step = step
+        if not (self._metrics and self._bad):
+            return
+        self._metrics.close()
+        self._metrics = JsonLines(self.run_dir / "metrics.jsonl", step)
+        self.held_out = _last_validation(self._metrics)
+        self._bad.close()
+        found = [json.loads(line) for line in self.bad_file.read_text().splitlines()]
+        _write_atomically(self.bad_file, "".join(json.dumps(one | {"step": min(one["step"], step)}) + "\n" for one in found))
+        self._bad = JsonLines(self.bad_file, step)
 
     def untrusted(self, record: Mapping[str, Any]) -> None:
         """Write down a step that the guard did not take as it was, as `bad_steps/step-N.json`."""
@@ -116,6 +123,10 @@ class Records:
         """Replace `status.json`, which other programs poll."""
         if self.is_writer:
             _write_atomically(self.run_dir / "status.json", json.dumps({"state": state, "step": step, **more}) + "\n")
+
+
+def _last_validation(metrics: JsonLines) -> Mapping[str, Any] | None:
+    return next((json.loads(line)["held_out"] for line in reversed(metrics.kept) if '"held_out"' in line), None)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

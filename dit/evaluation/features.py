@@ -12,6 +12,7 @@ from typing import Any, Protocol, assert_never
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -218,7 +219,7 @@ def load_vision(path: str, kind: str, key: str, device: torch.device) -> tuple[A
             raise ValueError(f"the weights lack {len(lacking)} tensors of {type(model).__name__}, such as {lacking[0]}")
         vision = getattr(model.config, "vision_config", model.config)
         prepare = Prepare(int(vision.image_size), settings["image_mean"], settings["image_std"], device)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         expected = "a local folder with config.json (image_size), preprocessor_config.json (image_mean, image_std) and safetensors"
         raise UserError(f"{key}: got {path!r}, expected {expected}. It says: {error}") from error
     return model.eval().requires_grad_(False).to(device), prepare

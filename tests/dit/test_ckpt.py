@@ -81,9 +81,16 @@ def test_only_weights_that_there_can_be_are_asked_for() -> None:
     values = {"contestants": [{"run": "x"}], "prompts": ["a"], "size": [1, 8, 8], "out": "y"}
     for weights in ("ema", "model", "sigma_rel=0.15"):
         assert SampleRun.model_validate(values | {"weights": weights}).weights == weights
-    for weights in ("emma", "sigma_rel=15", "exp_avg"):
+    for weights in ("emma", "sigma_rel=15", "exp_avg", "sigma_rel=0.0", "sigma_rel=0.5"):
         with pytest.raises(ValueError, match="weights"):
             SampleRun.model_validate(values | {"weights": weights})
+
+
+def test_a_width_that_no_profile_has_is_not_exported(forks: Forks, run: Path, tmp_path: Path) -> None:
+    for weights in ("sigma_rel=abc", "sigma_rel=0.5"):
+        done = forks.run("ckpt", "export", str(run), "--out", str(tmp_path), "--weights", weights)
+        assert done.code == 2
+        assert f"got {weights}, expected ema, model, or sigma_rel=S with 0 < S < 0.28" in done.err
 
 
 def test_averages_of_any_width(run: Path) -> None:

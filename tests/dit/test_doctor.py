@@ -52,6 +52,17 @@ def test_what_is_missing_is_named_with_its_fix(forks: Forks, tmp_path: Path) -> 
     assert "Traceback" not in done.err
 
 
+def test_what_is_no_config_is_said(forks: Forks, tmp_path: Path) -> None:
+    """And a launcher's own argument in front of the verb is not taken for one."""
+    config = tmp_path / "run.yaml"
+    for content, words in ((b"", "got NoneType, expected a config"), (b"\xff\xfe\x00", "can't decode")):
+        config.write_bytes(content)
+        done = forks.run("--local_rank=0", "doctor", str(config))
+        assert done.code == 2
+        assert words in done.err
+        assert "Traceback" not in done.err
+
+
 def test_a_rank_that_does_not_come_is_named(forks: Forks) -> None:
     done = forks.start("doctor", "--patience", "1", ranks=2, absent=1).wait()
     assert done.code == 1, done.err

@@ -119,6 +119,7 @@ def test_clips_too_small_for_a_metric_are_refused(size: list[int], metric: dict[
         ({"metrics": [{"name": "diversity", "features": CONV}]}, "set per_caption to 2 or more"),
         ({"samples": 9, "per_caption": 2}, "samples=9 is no multiple of per_caption=2"),
         ({"samples": 39, "metrics": [{"name": "kernel", "features": CONV}]}, "kernel needs at least 40 samples, got samples=39"),
+        ({"samples": 40, "metrics": [{"name": "precision_recall", "features": CONV, "k": 40}]}, "metrics.0.k=40: a clip has 39 neighbours"),
         ({"metrics": [{"name": "fréchet"}]}, "Allowed: adherence"),
         ({"clips": {"name": "folder", "path": "x", "size": [1, 8, 8]}}, "adherence judges moving shapes alone"),
         (

@@ -2,16 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from data_pipelines.config import Source
+from data_pipelines.config import DataConfig, Source
 from data_pipelines.errors import UserError
+from data_pipelines.packed import PackedLatents
+from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.encoders import EncodersConfig
+from dit.config.engine import ValidationConfig
 from dit.runs import Encoders, make_folder
-from dit.stream import check_cache
+from dit.stream import Stream, check_cache
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +52,25 @@ def test_an_unfinished_or_damaged_cache_is_refused(latents: Path, tmp_path: Path
 
 def test_shards_of_pixels_are_no_cache(clips: Path, encoders: Encoders) -> None:
     check_cache(Source(path=str(clips)), encoders, "data.sources.0.path")
+
+
+@pytest.mark.parametrize(("asked", "measured", "says"), [(20, 20, False), (48, 48, False), (60, 48, True)])
+def test_a_held_out_sample_counts_once(
+    asked: int, measured: int, says: bool, latents: Path, encoders: Encoders, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = DataConfig(sources=[Source(path=str(latents))], token_budget=192, packs_per_step=1, num_workers=0)
+    backbone = SpatioTemporalDiTConfig(hidden_size=48, depth=2, num_heads=4, ffn_size=96, patch_size=(1, 2, 2))
+    shown: list[str] = []
+
+    def losses_of(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
+        shown.extend(id for pack in packs for id in pack.ids)
+        return torch.ones(len(levels), len(shown))
+
+    config = ValidationConfig(source=str(latents), samples=asked, every_steps=1)
+    with caplog.at_level("WARNING", "dit"):
+        Stream(data, encoders, backbone, 0).held_out(config, losses_of)(nn.Identity())
+    assert len(set(shown)) == len(shown) == measured
+    assert (f"has 48 samples, validation.samples asks for {asked}" in caplog.text) == says
 
 
 def test_what_is_written_is_written_to_a_local_folder() -> None:

@@ -80,6 +80,18 @@ def test_a_save_that_was_killed_is_not_there_and_is_swept(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000005", "step-00000007"]
 
 
+def test_a_folder_that_was_being_replaced_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames: the old one is there, under another name."""
+    write(tmp_path, 5).rename(tmp_path / ".replaced-step-00000005")
+    durable.recover(tmp_path)
+    assert durable.published(tmp_path) == [5]
+    assert durable.problems(durable.step_folder(tmp_path, 5)) == []
+    shutil.copytree(durable.step_folder(tmp_path, 5), tmp_path / ".replaced-step-00000005")  # killed behind them
+    (durable.step_folder(tmp_path, 5) / "new").touch()
+    durable.recover(tmp_path)
+    assert (durable.step_folder(tmp_path, 5) / "new").exists()
+
+
 def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     os.truncate(write(tmp_path, 5) / "state.json", 3)
     assert durable.problems(write(tmp_path, 5)) == []

@@ -308,4 +308,6 @@ def test_a_slow_rank_is_told_from_an_uneven_one(seconds: list[float], slow: list
 
 def test_a_rollback_leaves_one_line_a_step(root: Path) -> None:
     assert [line["step"] for line in lines(root / "returned/metrics.jsonl")] == list(range(1, 13))
-    assert json.loads((root / "returned/bad_steps/step-00000007.json").read_text())["action"] == "rollback"
+    record = json.loads((root / "returned/bad_steps/step-00000007.json").read_text())
+    assert record["action"] == "rollback"
+    assert (record["since"]["step"], record["since"]["position"]["step"]) == (5, 5), "where a replay of step 7 takes up the data"
