@@ -2,7 +2,9 @@
 0 done, or interrupted cleanly (status.json says which); 2 config, 3 data, 4 checkpoints, 5 access; 75 start again; 93 never again."""
 
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,15 +38,22 @@ class Verdict:
 
 
 def record(run: Path, attempt: Attempt) -> None:
-    """Append `attempt` to those of `run`."""
-    with (run / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(attempt)) + "\n")
+    """Append `attempt` to those of `run`. A full or broken disk may have ended it and has no room for this: then it is said alone."""
+    line = json.dumps(asdict(attempt))
+    try:
+        with (run / "attempts.jsonl").open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        print(f"{run}/attempts.jsonl: {error.strerror}; not recorded: {line}", file=sys.stderr, flush=True)
 
 
 def recorded(run: Path) -> list[Attempt]:
-    """Every attempt at `run`, oldest first."""
-    path = run / "attempts.jsonl"
-    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Every attempt at `run`, oldest first, but for lines that were cut off."""
+    path, found = run / "attempts.jsonl", list[Attempt]()
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            found.append(Attempt(**json.loads(line)))
+    return found
 
 
 def grace(run: Path, default: float) -> float:

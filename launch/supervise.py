@@ -6,6 +6,7 @@ SIGTERM and ctrl-C reach the ranks as SIGTERM, upon which they save; a Slurm job
 """
 
 import argparse
+import errno
 import json
 import os
 import platform
@@ -17,9 +18,10 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from data_pipelines.errors import UserError
 from launch.attempts import AGAIN, FINAL, Attempt, Verdict, decide, record, recorded
@@ -32,11 +34,16 @@ PARTING_SECONDS = 2.0
 """Between the failure of one process and the end of the others, which may have their own reason to tell."""
 
 
+NO_ANSWER = "no answer from Slurm in 120 seconds"
+BROKEN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+
+
 class Supervisor:
     """One command and its ranks, through all its attempts."""
 
-    def __init__(self, run: Path, command: list[str], processes: int, patience: Patience, limit: int) -> None:
+    def __init__(self, run: Path, command: list[str], processes: int, patience: Patience, limit: int, interrupted: int = 0) -> None:
         self.run, self.command, self.processes, self.patience, self.limit = run, command, processes, patience, limit
+        self.interrupted = interrupted
         self.slurm = slurm_job(os.environ)
         self.job = f"slurm-{self.slurm}" if self.slurm else f"{platform.node()}-{os.getpid()}"
         self.folder = run / "heartbeats" / self.job
@@ -53,7 +60,10 @@ class Supervisor:
         while True:
             code, reason = self._attempt()
             attempts.append(self._close(code, reason))
-            verdict = Verdict("finish", 130, "interrupted twice") if self.abort else decide(attempts, self._state(), self.limit)
+            status = self._status()
+            verdict = Verdict("finish", 130, "interrupted twice") if self.abort else decide(attempts, status.get("state"), self.limit)
+            if verdict.code == 0 and status.get("state") == "interrupted" and not str(status.get("reason")).startswith("file "):
+                verdict = replace(verdict, code=self.interrupted)
             say(f"{verdict.action}: {verdict.reason}")
             if verdict.action == "finish":
                 return verdict.code
@@ -124,16 +134,16 @@ class Supervisor:
         shutil.rmtree(self.folder)
         return attempt
 
-    def _state(self) -> str | None:
+    def _status(self) -> dict[str, Any]:
         path = self.run / "status.json"
-        return str(json.loads(path.read_text()).get("state")) if path.is_file() else None
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
 
     def _requeue(self, verdict: Verdict) -> int:
         """Send the Slurm job back to the queue, if it is one and is not being cancelled; elsewhere the code says what to do."""
         if not self.slurm:
             return verdict.code
         state = _slurm("squeue", "--noheader", f"--jobs={self.slurm}", "--format=%T")
-        if state != "RUNNING":
+        if state not in ("RUNNING", NO_ANSWER):
             say(f"the job is {state or 'gone'}: not requeued")
             return verdict.code
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the end of this job is what was asked for
@@ -182,7 +192,10 @@ def _telling_code(processes: "list[subprocess.Popen[bytes]]", watch: Watch) -> i
 
 
 def _slurm(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return NO_ANSWER
     return (done.stdout + done.stderr).strip()
 
 
@@ -195,6 +208,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--processes", type=int, default=0, help="how often to start the command, as ranks of this machine (0: it makes them itself)"
     )
     parser.add_argument("--attempts", type=int, default=3, help="stop after so many without a new checkpoint (default: %(default)s)")
+    parser.add_argument(
+        "--interrupted",
+        type=int,
+        default=0,
+        metavar="CODE",
+        help="exit code of a run that was interrupted, by no STOP file, before its end (default: 0); 75 where 0 means that all is done",
+    )
     for field in fields(Patience):
         parser.add_argument(
             f"--{field.name}", type=float, default=field.default, help="seconds (default: %(default)s), see launch/watch.py"
@@ -204,10 +224,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     patience = Patience(options.frozen, options.starting, options.stalled)
     try:
         options.run.mkdir(parents=True, exist_ok=True)
-        return Supervisor(options.run, options.command, options.processes, patience, options.attempts).main()
+        return Supervisor(options.run, options.command, options.processes, patience, options.attempts, options.interrupted).main()
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return AGAIN if error.errno in BROKEN_DISK else UserError.exit_code
 
 
 if __name__ == "__main__":

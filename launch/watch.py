@@ -89,7 +89,8 @@ class Watch:
         chosen = [pulse for rank, pulse in self.pulses.items() if ranks is None or rank in ranks]
         for step in {pulse["slurm_step"] for pulse in chosen} - {None}:
             target = f"{slurm_job(os.environ)}.{step}"
-            subprocess.run(["scancel", f"--signal={int(number)}", target], check=False, capture_output=True, timeout=60)
+            with suppress(subprocess.TimeoutExpired):  # the next look tries again
+                subprocess.run(["scancel", f"--signal={int(number)}", target], check=False, capture_output=True, timeout=60)
         for pulse in chosen:
             if pulse["slurm_step"] is None and pulse["phase"] != "end":
                 with suppress(ProcessLookupError):

@@ -56,6 +56,7 @@ def test_the_kubernetes_job() -> None:
     assert [run.data.packs_per_step % (8 * nodes) for nodes in (1, 2, 3, 4)] == [0] * 4
     assert (verb, run.out) == ("train", container["command"][4])
     assert f"--rdzv-endpoint={job['metadata']['name']}-0.{service['metadata']['name']}:29500" in container["args"]
+    assert container["command"][container["command"].index("--interrupted") + 1] == "75", "0 of an evicted pod would be the end of it"
     assert pod["subdomain"] == service["metadata"]["name"]
 
 

@@ -94,6 +94,28 @@ def test_signals_reach_ranks_as_sigterm_and_the_same_command_goes_on(tmp_path: P
     assert steps == list(range(1, 41)), "no step lost, none taken twice"
 
 
+@pytest.mark.parametrize(("reason", "code"), [("SIGTERM on rank 3", 75), ("file runs/a/STOP", 0), (None, 75)])
+def test_where_0_means_done_an_interrupted_run_ends_with_another_code(tmp_path: Path, reason: str | None, code: int) -> None:
+    """In a group of pods one was evicted and all have saved; a run that somebody stopped stays stopped."""
+    status = json.dumps({"state": "interrupted", "reason": reason})
+    write = ["sh", "-c", 'printf %s "$1" > "$2"', "sh", status, str(tmp_path / "status.json")]
+    for options, expected in ((("--interrupted", "75"), code), ((), 0)):
+        command = [sys.executable, "-m", "launch.supervise", "--run", str(tmp_path), *options, "--", *write]
+        assert subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, timeout=60).returncode == expected
+
+
+def test_a_full_disk_is_no_reason_never_to_start_again(tmp_path: Path) -> None:
+    """What cannot be written into the history, and a line of it that was cut off, change nothing."""
+    (tmp_path / "attempts.jsonl").symlink_to("/dev/full")
+    command = [sys.executable, "-m", "launch.supervise", "--run", str(tmp_path), "--", "sh", "-c", "exit 75"]
+    done = subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert "No space left on device; not recorded" in done.stderr
+    (tmp_path / "attempts.jsonl").unlink()
+    (tmp_path / "attempts.jsonl").write_text('{"job": "x", "beg')
+    assert subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, timeout=60).returncode == 75
+
+
 @pytest.mark.slow
 def test_a_machine_that_slept_blames_nobody(tmp_path: Path) -> None:
     process = supervise(tmp_path, "--processes", "2", "--frozen", "4", "--stalled", "3", total=25, seconds=0.1)
