@@ -49,8 +49,13 @@ class Saver:
             self._thread.join(timeout=60)  # if all ranks are leaving, what was begun can be published
 
     def check_space(self, engine: Engine) -> None:
-        """Raise UserError on all ranks unless the disk has room for the checkpoints that the run will keep."""
-        missing = self.train.keep_checkpoints + 1 - len(durable.published(self.root))
+        """Raise UserError on all ranks unless the disk has room for the newest checkpoints that the run will keep, beside those that are
+        there for ever."""
+        every = self.train.keep_every_steps
+        passing = [
+            step for step in durable.published(self.root) if every is None or step % every
+        ]  # retention makes room of the others never
+        missing = self.train.keep_checkpoints + 1 - len(passing)
         self._check_space(sum(view.nbytes for f in engine.owned() for view in f.views.values()), max(1, missing), UserError)
 
     def save(self, engine: Engine, position: Position) -> None:

@@ -149,6 +149,8 @@ def test_room_for_all_checkpoints_that_will_be_kept_is_asked_for_at_the_start(tm
         write(tmp_path / "checkpoints", step)
     with pytest.raises(UserError, match=r"a checkpoint needs 3725290\.30 GiB"):
         Saver(run_config(str(tmp_path))).check_space(engine)
+    with pytest.raises(UserError, match=r"3 checkpoints need"):  # retention will delete none of the four
+        Saver(run_config(str(tmp_path), train={"keep_every_steps": 1})).check_space(engine)
 
 
 def test_another_format_is_refused_and_no_older_checkpoint_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
