@@ -9,6 +9,8 @@ in use; an exclusive one on an unfinished copy says that its writer lives. What 
 import fcntl
 import logging
 import os
+import re
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,21 +31,24 @@ from data_pipelines.storage import Member, local_path, pieces, read_into
 log = logging.getLogger(__name__)
 AT_ONCE = 4
 """Shards that a rank copies at the same time."""
+_FOLDER = "shard-copies"
+"""Where the copies lie in data.cache.path, which may hold files of others."""
+_COPY = re.compile(r"[0-9a-f]{32}-.+\.tar(\.partial)?", re.DOTALL)
 _LOCK = ".lock"
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Copies in `folder`, of at most `limit` bytes together, unfinished ones included."""
+    """Copies in `folder`, of at most `limit` bytes together, unfinished ones included. Whatever else lies there is left alone."""
 
     folder: Path
     limit: int
 
     @classmethod
     def open(cls, config: CacheConfig) -> "ShardCache":
-        """Make the folder if it does not exist. Raises UserError if it cannot be written."""
-        folder = Path(config.path).expanduser().absolute()
+        """Make the folder of the copies if it does not exist. Raises UserError if it cannot be written."""
+        folder = Path(config.path).expanduser().absolute() / _FOLDER
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / _LOCK).touch()
@@ -57,13 +62,27 @@ class ShardCache:
 
     def read_into(self, address: str, members: Mapping[str, Member], memory: memoryview) -> dict[str, memoryview]:
         """Read and verify members of one sample, from the copy if there is one, else from the shard. Raises BadSample."""
-        place = self.place(address)
-        if local_path(address) is None:
+        found = self._from_copy(self.place(address), members, memory) if local_path(address) is None else None
+        return read_into(address, members, memory) if found is None else found
+
+    def _from_copy(self, place: Path, members: Mapping[str, Member], memory: memoryview) -> dict[str, memoryview] | None:
+        """Members of a sample from the copy at `place`; None if there is none, or if it is damaged on this disk and so dropped."""
+        try:
+            copy = place.open("rb", buffering=0)
+        except OSError:
+            return None
+        with copy:
             try:
                 return read_into(str(place), members, memory)
-            except BadSample:  # not there, or damaged on this disk
-                place.unlink(missing_ok=True)
-        return read_into(address, members, memory)
+            except BadSample:
+                self._drop(place, copy)
+        return None
+
+    def _drop(self, place: Path, copy: IO[bytes]) -> None:
+        """Delete the copy at `place` if it is the one that was opened, and not one that was published since."""
+        with suppress(OSError), self._bookkeeping():
+            if os.path.samestat(os.fstat(copy.fileno()), place.stat()):
+                place.unlink()
 
     def pin(self, address: str, index: ShardIndex, stop: threading.Event) -> IO[bytes] | None:
         """Copy a shard unless it is there, and keep it there until the result is closed.
@@ -126,13 +145,19 @@ class ShardCache:
         partial.truncate(length)
         return partial
 
+    def _copies(self) -> list[tuple[int, int, Path]]:
+        """When each copy was last used, its length and its place, the oldest first."""
+        copies = []
+        for path in filter(lambda path: _COPY.fullmatch(path.name), self.folder.iterdir()):
+            with suppress(FileNotFoundError):  # somebody tidies up
+                found = path.stat()
+                copies += [(found.st_mtime_ns, found.st_size, path)] if stat.S_ISREG(found.st_mode) else []
+        return sorted(copies)
+
     def _make_room(self, length: int) -> bool:
-        files: list[tuple[int, int, Path]] = []
-        for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):  # a reader found it damaged
-                files += [(path.stat().st_mtime_ns, path.stat().st_size, path)] if path.name != _LOCK else []
-        free = self.limit - sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+        copies = self._copies()
+        free = self.limit - sum(size for _, size, _ in copies)
+        for _, size, path in copies:
             if free >= length:
                 break
             with suppress(FileNotFoundError), path.open("rb") as file:

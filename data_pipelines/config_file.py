@@ -71,7 +71,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(values).__name__}")
     places: dict[Location, str] = {}
-    _note_places(node, (), path, places)
+    try:
+        _note_places(node, (), path, places)
+    except RecursionError:
+        raise ConfigError(f"{path}: a value contains itself; expected no alias (*name) inside the value that it stands for") from None
     return values, places
 
 

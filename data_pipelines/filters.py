@@ -5,7 +5,9 @@ The expression is parsed, checked and walked; nothing of it is executed as Pytho
 
 import ast
 import difflib
+import io
 import operator
+import tokenize
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ _FACTS = ("kind", "frames", "height", "width", "fps")
 FIELDS = (*_FACTS, "caption_length")
 """Fields that every sample has; a sample's `meta` adds its own, nested ones by dotted names."""
 _MAX_CHARACTERS = 1000
+_CLASS = "\N{FULLWIDTH LATIN SMALL LETTER C}lass"
 
 Value = Any
 Evaluate = Callable[[Mapping[str, Value]], Value]
@@ -55,7 +58,7 @@ class Filter:
         try:
             if len(text) > _MAX_CHARACTERS:
                 raise SyntaxError(f"longer than {_MAX_CHARACTERS} characters")
-            body = ast.parse(text.strip(), mode="eval").body
+            body = ast.parse(_parseable(text.strip()), mode="eval").body
             parts = body.values if isinstance(body, ast.BoolOp) and isinstance(body.op, ast.And) else [body]
             names: set[str] = set()
             return cls(text, key, tuple((ast.unparse(part), _evaluator(part, names)) for part in parts), frozenset(names))
@@ -86,6 +89,17 @@ class Filter:
             except (TypeError, ZeroDivisionError) as error:
                 raise UserError(f"{self.key} = {self.text!r}: {text} cannot be decided for sample {entry.key}: {error}") from None
         return None
+
+
+def _parseable(text: str) -> str:
+    """The expression with another spelling of its fields `class`, a keyword of Python, which the parser takes and turns back: it tells
+    keywords before it normalises names (NFKC). Strings stay as they are.
+    """
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
+    except tokenize.TokenError:  # the parser says better what is wrong
+        return text
+    return tokenize.untokenize(token._replace(string=_CLASS) if token[:2] == (tokenize.NAME, "class") else token for token in tokens)
 
 
 def _flat(meta: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Value]]:

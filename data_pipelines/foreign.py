@@ -1,13 +1,14 @@
 """Shards of others: find the samples of any WebDataset tar, whole ones only, and index it once.
 
 Tar readers end silently at a damaged header and see nothing amiss in a file cut between two members; here both are
-found. A sample next to damage may lack members without any sign of it, so it is left out and reported.
+found. They also end at a block of zeros, which may be a page that was lost: what lies behind it is not read, but reported. A sample
+next to damage may lack members without any sign of it, so it is left out and reported.
 """
 
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
@@ -28,6 +29,7 @@ MAX_MEMBER_BYTES = 4 << 30
 _PARALLEL_BYTES = 512 << 20  # below it starting processes takes longer than it saves
 _BLOCK = tarfile.BLOCKSIZE
 _ZEROS = bytes(_BLOCK)
+_PIECE = 1 << 20
 _DAMAGE = None  # stands between the members that a damaged place separates
 
 _CUT = -1  # the length of a member whose content is not all there; damage follows it, so its sample is left out
@@ -56,6 +58,9 @@ def scan_tar(file: IO[bytes], problems: Problems) -> Iterator[Place | None]:
                 yield place
         stopped = offset if tar is None else int(tar.offset)
         if stopped + _BLOCK <= end and _read_block(file, stopped) == _ZEROS:
+            if (behind := _behind_zeros(file, stopped, end)) < end:
+                problems.append((f"byte {behind}", f"{end - behind} bytes behind the end mark of the archive are not read"))
+                yield _DAMAGE
             return
         yield _DAMAGE
         found = _next_header(file, stopped + _BLOCK, end)
@@ -99,6 +104,16 @@ def _place(info: tarfile.TarInfo, end: int, problems: Problems) -> Place | None:
 def _read_block(file: IO[bytes], offset: int) -> bytes:
     file.seek(offset)
     return file.read(_BLOCK)
+
+
+def _behind_zeros(file: IO[bytes], offset: int, end: int) -> int:
+    """Where the first block from `offset` on lies that is not all zeros; `end` if there is none."""
+    for start in range(offset, end, _PIECE):
+        file.seek(start)
+        data = file.read(_PIECE)
+        if rest := data.lstrip(b"\0"):
+            return start + (len(data) - len(rest)) // _BLOCK * _BLOCK
+    return end
 
 
 def _next_header(file: IO[bytes], offset: int, end: int) -> int | None:
@@ -170,9 +185,15 @@ def index_all(shards: Mapping[str, int], done: Callable[[str], bool], executor: 
     """
     total = sum(shards.values())
     progress, ready = Progress(max(1, round(total / 1e6)), "indexing", "MB"), 0
-    for address in executor.run(index_foreign, list(shards), done, Path(), pays=total > _PARALLEL_BYTES):
+    for address in executor.run(index_foreign, list(shards), done, _logs(shards), pays=total > _PARALLEL_BYTES):
         ready += shards[address]
         progress.advance(max(1, round(ready / 1e6)) - progress.done)
+
+
+def _logs(shards: Iterable[str]) -> Path:
+    """Where the logs of an array lie that indexes these tars: below the current folder, and another place for each folder of tars."""
+    folder = PurePosixPath(min(shards, default="")).parent
+    return Path(f"index-{folder.name}-{xxhash.xxh3_64_hexdigest(str(folder).encode())}")
 
 
 @contextmanager

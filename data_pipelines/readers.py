@@ -90,13 +90,21 @@ class _Readers:
 
     def mend(self, task: Task, lost: WorkerLost) -> Task:
         """The task without the sample that its process was at. Raises WorkerLost if they keep ending without a sample to blame."""
-        blamed = [sample for number, sample in self.busy.tolist() if number == task.number]
+        blamed = self._blamed(task)
         self._lost = 0 if blamed else self._lost + 1
         if self._lost > _LOSSES:
             raise lost
         what = task.pack[blamed[0]].id if blamed else "nothing that it was at"
         log.warning("a loader is replaced, %s; left out: %s", lost, what)
         return replace(task, holes={**task.holes, **dict.fromkeys(blamed, self._reason(lost.code))})
+
+    def _blamed(self, task: Task) -> list[int]:
+        """The number of the sample that the lost process was at. None if it was at none, or if several processes say that they are at
+        the task: the others live, and their samples are innocent.
+        """
+        at = {sample for number, sample in self.busy.tolist() if number == task.number and sample < len(task.pack)}
+        blamed = sorted(at - task.holes.keys())  # a hole is not read: that process was lost before
+        return blamed if len(blamed) == 1 else []
 
     def _reason(self, code: int) -> str:
         if code == -signal.SIGPROF:

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 from data_pipelines.errors import AccessDenied, StorageUnavailable, UserError
 
-PATIENCE_SECONDS = float(os.environ.get("DIT_S3_PATIENCE", "120"))
-"""How long a read may go without a byte, over all its attempts, before the run stops."""
+PATIENCE_SECONDS = 120.0
+"""How long a read may go without a byte, over all its attempts, before the run stops, unless DIT_S3_PATIENCE says otherwise."""
 STALL_SECONDS = 10.0
 """How long one attempt may go without a byte."""
 
@@ -180,11 +180,20 @@ async def _once(attempt: Attempt) -> None:
         await attempt(client, deadline)
 
 
+def _patience() -> float:
+    """Seconds to wait for a byte. Raises UserError if DIT_S3_PATIENCE is no number of seconds."""
+    given = os.environ.get("DIT_S3_PATIENCE", str(PATIENCE_SECONDS))
+    with suppress(ValueError):
+        if (seconds := float(given)) >= 0:
+            return seconds
+    raise UserError(f"DIT_S3_PATIENCE = {given!r}: expected seconds to wait for a store, such as 120; change this environment variable")
+
+
 def _persist(address: str, attempt: Attempt, progress: Callable[[], int]) -> None:
     """Await `attempt` until it succeeds; patience and pauses begin anew with every byte that arrives."""
     from fsspec.asyn import sync
 
-    fs = _filesystem(os.getpid())
+    patience, fs = _patience(), _filesystem(os.getpid())
     tries, since, before = 0, time.monotonic(), 0
     while True:
         try:
@@ -195,7 +204,7 @@ def _persist(address: str, attempt: Attempt, progress: Callable[[], int]) -> Non
             tries, since, before = 0, time.monotonic(), progress()
         tries += 1
         pause = _DRAW.uniform(0, min(_LONGEST_PAUSE, _PAUSE * 2**tries))
-        if (waited := time.monotonic() - since) + pause > PATIENCE_SECONDS:
+        if (waited := time.monotonic() - since) + pause > patience:
             raise StorageUnavailable(
                 f"{address}: no answer in {waited:.0f} s and {tries} attempts, the last: {reason}. The run stops, since its samples are "
                 "there and only the server is not; start the same command when it is back (DIT_S3_PATIENCE: seconds to wait)"

@@ -17,7 +17,7 @@ from data_pipelines.config import Source
 from data_pipelines.errors import UserError
 from data_pipelines.executors import Executor
 from data_pipelines.foreign import index_all, summarise
-from data_pipelines.index import Entry, ShardIndex, index_path, read_index, spare_index_path, uncollected
+from data_pipelines.index import SUFFIX, Entry, ShardIndex, index_path, read_index, spare_index_path, uncollected
 from data_pipelines.samples import Facts
 from data_pipelines.storage import folder_files, read_file
 
@@ -105,8 +105,10 @@ def read_source(
     dropped: Counter[str] = Counter()
     digest = xxhash.xxh3_128(selection.filter.text.encode() if selection.filter else b"")
     tars, places = _indexed_tars(folder, config_key)
-    for (address, length), index in zip(tars.items(), _read_indexes(list(places.values())), strict=True):
-        if length != index.length:
+    for address, index in zip(places, _read_indexes(list(places.values())), strict=True):
+        if (length := tars.get(address)) is None:
+            problems.append(f"{address} is missing, but its index is there; its samples will be holes")
+        elif length != index.length:
             problems.append(f"{address}: {length} bytes, {index.length} when it was indexed; samples that are cut off will be holes")
         if index.problems:
             problems.append(f"{address}: left out {summarise(index.problems)}")
@@ -178,12 +180,23 @@ def _has_index(address: str) -> bool:
 
 
 def _indexed_tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, str]]:
-    """Length and index of every tar of a folder, by address in order; those without an index are indexed."""
+    """Length of every tar of a folder, and index of each and of those that are gone, by address in order.
+
+    Tars without an index are indexed.
+    """
     tars, found = _tars(folder, config_key)
     if unknown := {name: size for name, size in tars.items() if not (index_path(name) in found or spare_index_path(name).is_file())}:
         index_all(unknown, _has_index)
         found |= folder_files(folder)
-    return tars, {name: index_path(name) if index_path(name) in found else str(spare_index_path(name)) for name in tars}
+    return tars, {
+        name: index_path(name) if index_path(name) in found else str(spare_index_path(name)) for name in sorted(tars.keys() | _gone(found))
+    }
+
+
+def _gone(found: Mapping[str, int]) -> set[str]:
+    """Addresses of the tars whose index is among the files of a folder, and they are not: half a copy, or half a deletion."""
+    indexed = {name.removesuffix(SUFFIX) for name in found if name.endswith(f".tar{SUFFIX}")}
+    return {name for name in indexed - found.keys() if not _basename(name).startswith(".")}
 
 
 def _tars(folder: str, config_key: str) -> tuple[dict[str, int], dict[str, int]]:

@@ -140,11 +140,13 @@ def _sources(run: EncodeRun) -> tuple[SourceManifest, ...]:
 
 
 def _tasks(plans: Sequence[Sequence[PlannedSample]], batch: int) -> Iterator[Task]:
-    """The samples that have a size, shard by shard, as packs of at most `batch`."""
+    """The samples that have a size, shard by shard, as packs of at most `batch`; each task has its own number."""
+    number = 0
     for plan in plans:
         readable = iter([planned for planned in plan if planned.size])
         while pack := tuple(islice(readable, batch)):
-            yield Task(0, pack, InStep(0, len(pack), 0), START, {})
+            yield Task(number, pack, InStep(0, len(pack), 0), START, {})
+            number += 1
 
 
 def _plan(run: EncodeRun, source: str, shard: str, address: str, entries: Iterable[Entry]) -> list[PlannedSample]:

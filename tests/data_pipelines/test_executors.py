@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines import executors
 from data_pipelines.__main__ import main
 from data_pipelines.config import ExecutorConfig
 from data_pipelines.errors import AccessDenied, UserError
@@ -220,6 +222,32 @@ def test_tars_of_others_are_indexed_in_shares(tmp_path, whole):
     assert "others are not" in say("index", tmp_path, "--share", "1/2")
     assert sorted(path.name[:12] for path in tmp_path.glob("*.json")) == [f"shard-{n:06d}" for n in range(1, 16, 2)]
     assert "320 samples in 16 shards" in say("index", tmp_path)
+
+
+def test_each_folder_of_tars_has_its_own_array(tmp_path, whole, monkeypatch):
+    """Two folders are indexed from one place; a Slurm that does at once what it is given."""
+    monkeypatch.chdir(tmp_path)
+    submitted = []
+
+    def slurm(*command: str, given: str = "") -> str:
+        if command[0] == "squeue":
+            return ""
+        submitted.append({option.partition("=")[0]: option.partition("=")[2] for option in command})
+        assert main([*shlex.split(given.splitlines()[1])[4:-1], "--share=0/1"]) == 0
+        return "1"
+
+    monkeypatch.setattr(executors, "_slurm", slurm)
+    for name in ("a", "b", "a"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(whole["shapes"] / "shard-000000.tar", tmp_path / name)
+        index = tmp_path / name / "shard-000000.tar.index.json"
+        index.unlink(missing_ok=True)
+        assert "submitted array job" in say("index", name, "--executor", "slurm-array", "--tasks", 1)
+        assert index.exists()
+    first, second, again = ((options["--job-name"], Path(options["--output"]).parent) for options in submitted)
+    assert first == again
+    assert first[0] != second[0], "who indexes b would watch the array of a"
+    assert first[1] != second[1], "failures of the one would be those of the other"
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,15 @@ def entry(**meta):
         ("scores.aesthetic > 5 and -motion < -2", False),
         ("good", True),
         ("label != 3", True),
+        ("class == 'truck'", True),
+        ("class != 'truck'", False),
+        ("class in ['a class', 'truck'] and class != 'class'", True),
+        ("(height > 9\n and scores.class == 'class or not')", True),
     ],
 )
 def test_expressions(text, passes):
-    found = Filter.parse(text, KEY).refuses(entry(scores={"aesthetic": 5.5}, motion=1.5, good=True, label=0))
+    meta = {"scores": {"aesthetic": 5.5, "class": "class or not"}, "motion": 1.5, "good": True, "label": 0, "class": "truck"}
+    found = Filter.parse(text, KEY).refuses(entry(**meta))
     assert (found is None) == passes
 
 
@@ -46,6 +51,8 @@ def test_the_reason_is_the_condition_that_failed():
     both = Filter.parse("height >= 300 and aesthetic > 5", KEY)
     assert both.refuses(entry(aesthetic=9)) == "not height >= 300"
     assert Filter.parse("aesthetic > 5 and height >= 300", KEY).refuses(entry()) == "no aesthetic for aesthetic > 5"
+    assert Filter.parse("class == 'a class'", KEY).refuses(entry(**{"class": "b"})) == "not class == 'a class'"
+    assert Filter.parse("class == 'b'", KEY).refuses(entry()) == "no class for class == 'b'"
 
 
 @pytest.mark.parametrize(
@@ -59,6 +66,8 @@ def test_the_reason_is_the_condition_that_failed():
         "f'{height}' == '1'",
         "kind[0] == 'v'",
         "height >=",
+        "class A: pass",
+        "class == 'b",
         "x" * 2000,
         "(" * 900 + "1" + ")" * 90,
         "",
@@ -74,6 +83,8 @@ def test_unknown_fields_and_values_of_another_kind_are_said():
         UserError, match=r"no sample has a field hight \(did you mean height\?\)\. Fields here: aesthetic, caption_length, fps"
     ):
         Filter.parse("hight > 1", KEY).check_names(["aesthetic"])
+    with pytest.raises(UserError, match=r"no sample has a field class \(did you mean classes\?\)"):
+        Filter.parse("class == 'b'", KEY).check_names(["classes"])
     with pytest.raises(UserError, match="kind > 3 cannot be decided for sample k"):
         Filter.parse("kind > 3", KEY).refuses(entry())
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import webdataset
 
+from data_pipelines.__main__ import main
 from data_pipelines.decode import encode_png
 from data_pipelines.errors import UserError
 from data_pipelines.foreign import index_foreign
@@ -75,7 +76,7 @@ def test_a_flipped_bit_in_a_foreign_tar_is_noticed_or_in_content_that_nobody_vou
             assert found.problems, position
         else:
             found_in["padding"] += 1
-            beyond = position // 512 * 512 == -(-contents[-1][2] // 512) * 512  # a block that may have been a header
+            beyond = position >= -(-contents[-1][2] // 512) * 512  # in a block that may have been a header
             assert found.entries == (intact.entries[:-1] if beyond else intact.entries), position
     assert min(found_in[where] for where in ("content", "header", "padding")) > 30, found_in
 
@@ -104,6 +105,43 @@ def test_a_sample_that_lost_its_first_member_is_not_half_kept(tmp_path, write_sh
     path.write_bytes(damaged)
     keys = [e.key for e in index.entries]
     assert [e.key for e in index_foreign(path).entries] == keys[:3] + keys[5:]
+
+
+def _joined(whole, _):
+    return whole + whole, len(whole)
+
+
+def _with_a_lost_page(whole, index):
+    start = index.entries[2].members["cls"].offset - 512
+    return whole[:start] + bytes(4096) + whole[start + 4096 :], start + 4096
+
+
+def _with_a_late_byte(whole, _):
+    return whole + bytes(2 << 20) + b"x", len(whole) + (2 << 20)
+
+
+@pytest.mark.parametrize("harm", [_joined, _with_a_lost_page, _with_a_late_byte])
+def test_what_lies_behind_a_block_of_zeros_is_reported(tmp_path, write_shard, harm):
+    shard = write_shard(tmp_path / "s", side=16)
+    index, path = read_index(index_path(str(shard))), tmp_path / "foreign.tar"
+    data, begin = harm(shard.read_bytes(), index)
+    path.write_bytes(data)
+    found = index_foreign(path)
+    kept = found.entries
+    assert [e.key for e in kept] == [e.key for e in index.entries[: len(kept)]]
+    assert all(set(e.members) == {"png", "txt", "cls"} for e in kept)
+    behind, last = found.problems
+    assert behind == (f"byte {begin}", f"{len(data) - begin} bytes behind the end mark of the archive are not read")
+    assert last == (index.entries[len(kept)].key, "next to a damaged place, may be incomplete")
+
+
+@pytest.mark.parametrize("zeros", [0, 1, 512, 3 << 20])
+def test_zeros_behind_the_end_mark_are_padding(tmp_path, write_shard, zeros):
+    shard, path = write_shard(tmp_path / "s"), tmp_path / "foreign.tar"
+    path.write_bytes(shard.read_bytes() + bytes(zeros))
+    found = index_foreign(path)
+    assert found.problems == ()
+    assert [e.key for e in found.entries] == [e.key for e in read_index(index_path(str(shard))).entries]
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -181,6 +219,22 @@ def test_a_truncated_shard_and_left_out_samples_are_told_at_the_start(tmp_path, 
     problems = read_source(str(folder)).problems
     assert any("when it was indexed" in p for p in problems)
     assert any("1 x no image" in p for p in problems)
+
+
+def test_an_index_whose_tar_is_gone_is_a_problem_and_damage(tmp_path, write_shard, capsys):
+    folder = tmp_path / "s"
+    shards = [write_shard(folder, number) for number in range(3)]
+    whole = read_source(str(folder))
+    shards[0].unlink()
+    source = read_source(str(folder))
+    assert source.problems == (f"{shards[0]} is missing, but its index is there; its samples will be holes",)
+    assert (source.hash, source.shards) == (whole.hash, whole.shards)
+    assert main(["check", str(folder)]) == 3
+    said = capsys.readouterr()
+    assert f"damaged: {shards[0]}: missing" in said.out
+    assert "1 shards are damaged, 10 of 30 samples unusable" in said.err
+    (folder / index_path(shards[0].name)).unlink()
+    assert main(["check", str(folder)]) == 0
 
 
 def test_folders_without_shards_are_named_with_their_key(tmp_path):

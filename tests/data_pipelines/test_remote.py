@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -21,7 +23,7 @@ from data_pipelines.shards import verify_shard
 from data_pipelines.sources import read_source
 from data_pipelines.storage import pieces, read_file, read_range, room_for
 from tests.fault_proxy import Fault, FaultProxy
-from tests.processes import wait_for
+from tests.processes import ENVIRONMENT, wait_for
 from tests.rclone import KEY, SECRET, S3Server
 
 SHARDS, SAMPLES = 4, 6
@@ -182,6 +184,20 @@ def test_a_server_that_comes_back_is_forgiven(bucket, own_server):
         back.start()
         assert all(next(stream).bad == [] for _ in range(6))
         back.join()
+
+
+@pytest.mark.parametrize("given", ["2m", "", "-1", "nan"])
+def test_a_patience_that_is_no_number_of_seconds_is_said_when_a_store_is_used(monkeypatch, capsys, given):
+    monkeypatch.setenv("DIT_S3_PATIENCE", given)
+    assert main(["check", "s3://data/pictures"]) == UserError.exit_code
+    assert re.fullmatch(rf"error: DIT_S3_PATIENCE = '{given}': expected seconds to wait.*\n", capsys.readouterr().err)
+
+
+def test_a_patience_that_is_no_number_of_seconds_does_not_hinder_who_uses_no_store(tmp_path, write_shard):
+    write_shard(tmp_path / "s")
+    command = [sys.executable, "-m", "data_pipelines", "check", str(tmp_path / "s")]
+    done = subprocess.run(command, env=ENVIRONMENT | {"DIT_S3_PATIENCE": "2m"}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("wrong", [{"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ACCESS_KEY_ID": "WRONGKEY12345678"}, {}])

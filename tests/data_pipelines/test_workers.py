@@ -14,12 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data_pipelines.config import DataConfig
 from data_pipelines.deadline import deadline, limit_memory
 from data_pipelines.errors import UserError
 from data_pipelines.loader import StepStream
-from data_pipelines.plan import Plan, open_plan
+from data_pipelines.packed import InStep
+from data_pipelines.parcels import Task
+from data_pipelines.plan import START, Plan, open_plan
+from data_pipelines.readers import _Readers
 from data_pipelines.samples import BadSample
 from data_pipelines.workers import InOrder, WorkerLost
 
@@ -96,6 +100,24 @@ def test_a_worker_that_dies_is_replaced_and_its_sample_is_a_hole(stuck):
         assert step.bad == [("s/shard-000000/0-000", "ended its reader (SIGKILL)")]
         assert sum(len(pack.samples) for pack in step.packs) == 4
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_only_the_sample_that_the_lost_process_was_at_is_left_out(shapes):
+    task = Task(4, plan_of(shapes).step(START).packs[0][:2], InStep(0, 2, 0), START, {})
+    readers = _Readers(3, None, None)
+
+    def holes(task, *at):
+        readers.busy[:] = torch.tensor([*at, *[(-1, -1)] * (3 - len(at))])
+        return readers.mend(task, WorkerLost(-signal.SIGKILL)).holes
+
+    left_out = holes(task, (4, 1), (3, 0))
+    assert left_out == {1: "ended its reader (SIGKILL)"}
+    assert holes(replace(task, holes=left_out), (4, 1), (4, 0)) == dict.fromkeys((1, 0), "ended its reader (SIGKILL)")  # lost twice
+    assert holes(task, (4, 7)) == {}  # of a longer pack, if numbers repeat
+    assert holes(task, (4, 0), (4, 1)) == {}  # one of them lives
+    assert holes(task) == {}
+    with pytest.raises(WorkerLost):
+        holes(task)
 
 
 def in_order(work, tasks, processes, mend, begin=None):

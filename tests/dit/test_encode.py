@@ -3,13 +3,21 @@
 import importlib.util
 import json
 import os
+import signal
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
+from data_pipelines.config import Source
 from data_pipelines.filters import fields_of
+from data_pipelines.plan import PlannedSample
+from data_pipelines.readers import _Readers
 from data_pipelines.rendered import ShapesSet, render
-from data_pipelines.sources import read_source
+from data_pipelines.sources import read_source, read_sources
+from data_pipelines.workers import WorkerLost
+from dit.encode import _tasks
 from tests.launch.slurm import WHY_NOT, Cluster
 from tests.processes import ENVIRONMENT, Forks, python_m
 
@@ -32,6 +40,16 @@ def test_a_share_that_fails_says_why_to_its_watcher(forks: Forks, encode_config:
     ((item, code, reason),) = json.loads((tmp_path / "slurm" / "failed-1.json").read_text())
     assert (item, code) == ("1", 2)
     assert reason.startswith("sizes.0: ")
+
+
+def test_a_reader_that_is_lost_costs_its_own_sample(clips: Path) -> None:
+    (source,) = read_sources([Source(path=str(clips))])
+    entries = {shard.address: source.entries(shard) for shard in source.shards}
+    plans = [[PlannedSample(e.key, shard, e, (9, 32, 32), (0, 0, 0), 0, 0, 0) for e in some] for shard, some in entries.items()]
+    tasks, readers = list(islice(_tasks(plans, 4), 3)), _Readers(3, None, None)
+    for number, task in enumerate(tasks):  # each process is at another sample of another task
+        readers.busy[number] = torch.tensor([task.number, number])
+    assert readers.mend(tasks[1], WorkerLost(-signal.SIGKILL)).holes == {1: "ended its reader (SIGKILL)"}
 
 
 def test_a_rule_gives_the_sizes(forks: Forks, encode_config: Path, latents: Path, tmp_path: Path) -> None:

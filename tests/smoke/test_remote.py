@@ -56,7 +56,7 @@ def test_from_a_bucket_to_a_model_through_the_death_of_the_server(tmp_path: Path
         assert [(line["step"], line["loss"]) for line in metrics(tmp_path / "remote")] == [
             (line["step"], line["loss"]) for line in metrics(tmp_path / "local")
         ]
-        assert len(list((tmp_path / "copies").glob("*.tar"))) == 3
+        assert len(list((tmp_path / "copies" / "shard-copies").glob("*.tar"))) == 3
 
         environment["AWS_SECRET_ACCESS_KEY"] = "wrong"
         out, err = (process := dit("train", str(remote), f"out={tmp_path}/refused")).communicate(timeout=100)
