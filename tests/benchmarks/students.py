@@ -44,7 +44,7 @@ ADVERSE = "optimizer.betas=[0.0, 0.99]"
 CRITIC_OPTIMIZER = "{lr: 1.0e-3, betas: [0.0, 0.99], warmup_samples: 320}"
 SCORE_CRITIC = f"{{steps: 3, optimizer: {CRITIC_OPTIMIZER}}}"
 MOMENT_CRITIC = f"{{steps: 1, optimizer: {CRITIC_OPTIMIZER}}}"
-HEADS = f"{{steps: 1, blocks: [1, 3], optimizer: {CRITIC_OPTIMIZER}}}"
+HEADS = f"{{steps: 1, blocks: [1, 3], times: {{name: logit_normal, mean: -2.0}}, optimizer: {CRITIC_OPTIMIZER}}}"
 PIXEL_HEADS = f"{{steps: 1, blocks: [0, 1], features: {{name: random_conv}}, frames: 3, optimizer: {CRITIC_OPTIMIZER}}}"
 
 
