@@ -107,6 +107,8 @@ def _ingest(options: argparse.Namespace) -> None:
         print(_share_done(executor))
         return
     print(f"{report.samples} samples in {report.shards} shards in {options.out}; {len(report.skipped)} skipped")
+    if names := report.classes:
+        print(_printable(f"  {len(names)} classes, by folder: {', '.join(names[:_LISTED])}{' ...' if names[_LISTED:] else ''}"))
     for reason, count in report.reasons.items():
         example = next(what for what, why in report.skipped if why == reason)
         print(_printable(f"  {count} x {reason}: {example}{' ...' if count > 1 else ''}"))

@@ -22,6 +22,7 @@ from data_pipelines.video import MAX_PIXELS, Frames, examine, frames_at
 VERSION = 1
 """Part of every latent cache. Raise it when the same bytes, size and key give other pixels."""
 
+_MAX_CROPPED = 4  # of an enlarged picture's area to what is left of it, where that alone is more than MAX_PIXELS
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _IMAGE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 _BITS = {"<f2": ("<i2", "<u2", 0x7C00, 0xFC00), "<f4": ("<i4", "<u4", 0x7F800000, 0xFF800000)}
@@ -49,10 +50,15 @@ def decode(data: bytes, extension: str, size: Size, key: int, out: Frames | None
 
 
 def fit(picture: Frames, height: int, width: int, key: int | None) -> Frames:
-    """Scale (h, w, 3) to cover (height, width) and crop: at a place drawn from `key`, or in the middle if None."""
+    """Scale (h, w, 3) to cover (height, width) and crop: at a place drawn from `key`, or in the middle if None.
+
+    Raises BadSample for a picture so narrow that it had to be enlarged to more than MAX_PIXELS, nearly all of which are cropped.
+    """
     scale = max(height / picture.shape[0], width / picture.shape[1])
     scaled = (max(height, round(picture.shape[0] * scale)), max(width, round(picture.shape[1] * scale)))
     if scaled != picture.shape[:2]:
+        if scaled[0] * scaled[1] > max(MAX_PIXELS, _MAX_CROPPED * height * width):
+            raise BadSample(f"picture of {picture.shape[1]} x {picture.shape[0]} pixels, too narrow to fill {width} x {height}")
         picture = np.asarray(Image.fromarray(picture).resize(scaled[::-1], Image.Resampling.BICUBIC))  # scaled 3
     spare_y, spare_x = scaled[0] - height, scaled[1] - width
     top = spare_y // 2 if key is None else _draw(key, "top", spare_y + 1)

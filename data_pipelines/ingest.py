@@ -8,7 +8,7 @@ the same bytes. Both go on where they were interrupted.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -96,8 +96,10 @@ def prepare(source: str, out: Path, config: IngestConfig, executor: Executor = L
     """Examine `source` and fix the samples of every shard in `out`, or find that this is done. Raises UserError."""
     if "://" not in source and not Path(source).exists():
         raise UserError(f"SRC = {source!r}: no such file or folder; {EXPECTED}")
+    if out.resolve() == Path(source).resolve():
+        raise UserError(f"OUT = {str(out)!r} is SRC itself; choose another folder, which may lie in SRC")
     spool = unpacked_place(source, out)
-    settings = {"made_by": "ingest", **config.model_dump(mode="json"), "source": identity(source)}
+    settings = {"made_by": "ingest", **config.model_dump(mode="json"), "source": identity(source, out)}
     if (out / PLAN / SHARDS).is_file():
         claim(out, settings)
         plan = ShardPlan.read(out)
@@ -107,7 +109,7 @@ def prepare(source: str, out: Path, config: IngestConfig, executor: Executor = L
     if executor.config.share is not None:
         raise UserError(f"OUT = {str(out)!r} holds no plan yet; start the command without --share, which examines SRC and makes one")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    listing = list_source(source, spool)
+    listing = list_source(source, spool, out)
     if not listing.files:
         others = f"files of other kinds: {listing.ignored or 'none'}"
         why = "".join(f"; {count} x {reason}" for reason, count in Counter(reason for _, reason in listing.problems).items())
@@ -135,8 +137,9 @@ def _unclaim(out: Path) -> None:
 
 
 def _with_captions(listing: Listing, captions: str | None) -> Listing:
-    """Give every file the caption that was asked for."""
-    chosen = captions or (CLASS_NAME if listing.classes else SIDECAR)
+    """Give every file the caption that was asked for; by class if nothing was, there are classes and no file has a caption."""
+    by_class = listing.classes and all(file.caption is None for file in listing.files)
+    chosen = captions or (CLASS_NAME if by_class else SIDECAR)
     if chosen == SIDECAR:
         return listing
     template = CLASS_CAPTION if chosen == CLASS_NAME else chosen
@@ -159,21 +162,22 @@ class _Task:
 def _examine(listing: Listing, config: IngestConfig, journal: Path, executor: Executor) -> None:
     """Append a line for every file to the journal; files that it holds already are not looked at again.
 
-    Files are shuffled, so that each shard is a mixture. Lines are in that order, whatever the number of processes.
+    Files are shuffled, so that each shard is a mixture. Lines are in that order, whatever the number of processes. Where the listing has
+    changed since a line was written, that file and all after it are looked at anew.
     """
     keys = listing.keys()
     names = {file.name: file.name.encode("utf-8", "backslashreplace").decode() for file in listing.files}  # names may hold any bytes
     files = sorted(listing.files, key=lambda file: (randomness.key("ingest", names[file.name]), file.name))
-    done = _whole_lines(journal)
+    tasks = [_Task(file, keys[file.name]) for file in files]
+    done = _still_valid(journal, tasks)
     progress = Progress(len(files), "examining", "files")
     progress.advance(done)
     pays = sum(1 if file.is_image else _VIDEO_IMAGES for file in files[done:]) >= _PARALLEL_SAMPLES
     processes = executor.processes if pays or executor.config.processes else 1
-    tasks = [_Task(file, keys[file.name]) for file in files[done:]]
     work = partial(_examined, config)
     if processes == 1:
         processes = 0
-    found = InOrder(lambda _: work, tasks, processes, _AHEAD, lambda _, line: line, _try_again, preload=__name__)
+    found = InOrder(lambda _: work, tasks[done:], processes, _AHEAD, lambda _, line: line, _try_again, preload=__name__)
     try:
         with journal.open("ab") as lines:
             for line in found:
@@ -206,17 +210,30 @@ def _whole(file: RawFile, key: str) -> Candidate:
     return Candidate(key, file, caption=caption, caption_from=None if caption is None else "source")
 
 
-def _whole_lines(journal: Path) -> int:
-    """How many whole lines a journal holds; what follows them was cut off by an interruption and is removed."""
+def _still_valid(journal: Path, tasks: Sequence[_Task]) -> int:
+    """How many lines a journal begins with that are those of the first tasks.
+
+    What follows them was cut off by an interruption, or is of files that have come, gone or changed since, and is removed.
+    """
     journal.touch()
     lines, end = 0, 0
     with journal.open("r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
+        for line, task in zip(file, tasks, strict=False):  # either may be the longer
+            if not line.endswith(b"\n") or not _is_of(line, task):
                 break
             lines, end = lines + 1, end + len(line)
         file.truncate(end)
     return lines
+
+
+def _is_of(line: bytes, task: _Task) -> bool:
+    """Whether a line of the journal is that of a task: of the same file, with the same caption, label, span and key."""
+    try:
+        first = json.loads(line)[0]
+        file, key = RawFile.from_dict(first["file"]), first["key"].partition("@")[0]
+    except (ValueError, TypeError, LookupError, AttributeError):
+        return False
+    return key == task.key and json.dumps(file.as_dict()) == json.dumps(task.file.as_dict())  # as text: NaN equals itself there
 
 
 def _read_candidates(journal: Path) -> Iterator[Candidate]:
@@ -249,12 +266,13 @@ def _duplicates(journal: Path, config: IngestConfig) -> tuple[dict[int, int], di
     """Number of every candidate that is a near-duplicate -> number of the one that is kept; and the titles of those."""
     if config.duplicates is None:
         return {}, {}
-    signed = [(n, (c.file.name, c.signature)) for n, c in enumerate(_read_candidates(journal)) if c.dropped is None and c.signature]
+    kept = ((n, c) for n, c in enumerate(_read_candidates(journal)) if c.dropped is None and c.signature)
+    signed = [(n, (f"{c.file.place.address}@{c.file.place.offset}", c.signature)) for n, c in kept]  # spans of a file have several names
     numbers = [number for number, _ in signed]
     found = find_duplicates([item for _, item in signed], config.duplicates)
     alike = {numbers[number]: numbers[first] for number, first in found.items()}
-    kept = set(alike.values())
-    return alike, {number: candidate.title for number, candidate in enumerate(_read_candidates(journal)) if number in kept}
+    firsts = set(alike.values())
+    return alike, {number: candidate.title for number, candidate in enumerate(_read_candidates(journal)) if number in firsts}
 
 
 # --- the record --------------------------------------------------------------------------------------------------

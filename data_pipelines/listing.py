@@ -9,7 +9,7 @@ import re
 import stat
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 
@@ -17,11 +17,12 @@ import xxhash
 
 from data_pipelines.errors import UserError
 from data_pipelines.foreign import Problems, scan_tar
+from data_pipelines.index import SUFFIX, Entry
 from data_pipelines.manifests import list_manifest
-from data_pipelines.raw_files import MEDIA_EXTENSIONS, Listing, Place, RawFile
-from data_pipelines.samples import CAPTION_EXTENSION, LABEL_EXTENSION, MAX_CAPTION_BYTES, media_extension
-from data_pipelines.sources import read_source
-from data_pipelines.storage import published
+from data_pipelines.raw_files import MEDIA_EXTENSIONS, Listing, Place, RawFile, named_class
+from data_pipelines.samples import CAPTION_EXTENSION, LABEL_EXTENSION, MAX_CAPTION_BYTES, BadSample, media_extension
+from data_pipelines.sources import Shard, read_source
+from data_pipelines.storage import folder_files, published
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 MANIFESTS = (".csv", ".jsonl", ".parquet")
@@ -31,13 +32,16 @@ _MAX_RATIO_FREE = 256 << 20  # bytes unpacked before the ratio counts
 _CHUNK = 1 << 20
 
 
-def list_source(source: str, spool: Path) -> Listing:
-    """List what is in a folder, archive, manifest or WebDataset. Compressed archives are unpacked to the file `spool`."""
+def list_source(source: str, spool: Path, out: Path | None = None) -> Listing:
+    """List what is in a folder, archive, manifest or WebDataset. Compressed archives are unpacked to the file `spool`.
+
+    out: a folder that does not belong to the source if it lies in it.
+    """
     path, name = Path(source), source.lower()
     if "://" in source or (path.is_dir() and any(path.glob("*.tar"))):
         return _list_webdataset(source)
     if path.is_dir():
-        return _list_folder(path)
+        return _list_folder(path, out)
     if not path.exists():
         raise UserError(f"SRC = {source!r}: no such file or folder; {EXPECTED}")
     if name.endswith(MANIFESTS):
@@ -47,11 +51,15 @@ def list_source(source: str, spool: Path) -> Listing:
     return _list_archive(unpacked(path, spool))
 
 
-def identity(source: str) -> str:
-    """A digest that differs for another source: names and lengths of a folder's files, or length and both ends of a file."""
+def identity(source: str, out: Path | None = None) -> str:
+    """A digest that differs for another source: names and lengths of a folder's files, or length and both ends of a file.
+
+    Left out is what ingest itself writes into a folder: the indexes of tars, and the folder `out`.
+    """
     path = Path(source)
     if path.is_dir():
-        found = "\n".join(f"{name}\x1f{place.stat().st_size}" for name, place in _walk(path) if place.is_file())
+        files = [(name, place) for name, place in _walk(path, out) if place.is_file() and f".tar{SUFFIX}" not in place.name]
+        found = "\n".join(f"{name}\x1f{place.stat().st_size}" for name, place in files)
         return xxhash.xxh3_128_hexdigest(found.encode("utf-8", "surrogateescape"))
     if not path.is_file():
         return xxhash.xxh3_128_hexdigest(source.encode("utf-8", "surrogateescape"))
@@ -64,20 +72,21 @@ def identity(source: str) -> str:
 # --- folders ----------------------------------------------------------------------------------------------------
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name and path of everything below a folder that is not a folder, in order. Links to folders are not followed."""
+def _walk(folder: Path, out: Path | None) -> Iterator[tuple[str, Path]]:
+    """Name and path of everything below a folder that is not a folder, in order, without `out`. Links to folders are not followed."""
+    left_out = None if out is None else out.resolve()
     for root, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if left_out is None or (Path(root) / name).resolve() != left_out)
         links = [name for name in folders if (Path(root) / name).is_symlink()]
         for name in sorted((*names, *links)):
             path = Path(root) / name
             yield path.relative_to(folder).as_posix(), path
 
 
-def _list_folder(folder: Path) -> Listing:
+def _list_folder(folder: Path, out: Path | None) -> Listing:
     found: dict[str, Place] = {}
     problems: Problems = []
-    for name, path in _walk(folder):
+    for name, path in _walk(folder, out):
         if path.is_file():
             found[name] = Place(str(path))
         elif name.lower().endswith(MEDIA_EXTENSIONS) or path.is_dir():
@@ -102,7 +111,7 @@ def _listing(found: Mapping[str, Place], problems: Problems) -> Listing:
     media, captions = [], {}
     for name, place in found.items():
         base, _, extension = name.rpartition(".")
-        if PurePosixPath(name).name.startswith("."):
+        if _hidden(name):
             ignored["hidden"] += 1
         elif extension.lower() in MEDIA_EXTENSIONS:
             media.append(RawFile(name, place))
@@ -117,6 +126,10 @@ def _listing(found: Mapping[str, Place], problems: Problems) -> Listing:
         named = [(file, file.name.partition("/")[0]) for file in files]
         files = [replace(file, class_name=name, label=labels[name]) for file, name in named]
     return Listing(tuple(files), classes, dict(ignored), tuple(problems))
+
+
+def _hidden(name: str) -> bool:
+    return PurePosixPath(name).name.startswith(".")
 
 
 # --- archives and WebDatasets -----------------------------------------------------------------------------------
@@ -140,9 +153,14 @@ def _list_archive(tar: Path) -> Listing:
                 problems.append((name, "the same name twice, the first is used"))
             else:
                 files["/".join(parts)] = Place(str(tar.absolute()), offset, length)
-    top = {PurePosixPath(name).parts[0] for name in files}
-    shared = len(top) == 1 and all("/" in name for name in files)  # archives often hold one folder that holds all
-    return _listing({name.partition("/")[2] if shared else name: place for name, place in sorted(files.items())}, problems)
+    prefix = _shared_folder([name for name in files if not _hidden(name)])
+    return _listing({name.removeprefix(prefix): place for name, place in sorted(files.items())}, problems)
+
+
+def _shared_folder(names: Sequence[str]) -> str:
+    """The folder that all the names begin with, and its slash, as archives often hold one that holds all; else nothing."""
+    top = {name.partition("/")[0] for name in names}
+    return f"{top.pop()}/" if len(top) == 1 and all("/" in name for name in names) else ""
 
 
 def unpacked(source: Path, spool: Path) -> Path:
@@ -168,22 +186,36 @@ def unpacked(source: Path, spool: Path) -> Path:
 def _list_webdataset(folder: str) -> Listing:
     """Every sample of a folder of tars, with its caption, label and JSON."""
     source = read_source(folder, config_key="SRC")
+    lengths = folder_files(folder)
     files = []
     problems: Problems = []
     for shard in source.shards:
-        index = source.index(shard)
+        index, length = source.index(shard), lengths.get(shard.address)
+        if length is None:
+            problems.append((f"{shard.name}.tar", "missing, but its index is there"))
+        elif length != index.length:
+            problems.append((f"{shard.name}.tar", f"{length} bytes, {index.length} when it was indexed"))
         problems += [(f"{shard.name}/{what}", reason) for what, reason in index.problems]
         for entry in index.entries:
-            if entry.facts.kind == "latents":
-                problems.append((f"{shard.name}/{entry.key}", "latents, not an image or video"))
-                continue
-            extension = media_extension(set(entry.members))
-            places = {name: Place(shard.address, m.offset, m.length) for name, m in entry.members.items()}
-            label = entry.meta.get("label")
-            if label is None and LABEL_EXTENSION in places:
-                text = places[LABEL_EXTENSION].read(MAX_CAPTION_BYTES).decode("ascii", "replace").strip()
-                label = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
-            extra = {"json": asdict(places["json"])} if "json" in places else {}
-            name = f"{shard.name}/{entry.key}.{extension}"
-            files.append(RawFile(name, places[extension], places.get(CAPTION_EXTENSION), entry.meta.get("class"), label, None, extra))
+            try:
+                files.append(_of_entry(shard, entry, problems))
+            except BadSample as error:
+                problems.append((f"{shard.name}/{entry.key}", error.reason))
     return Listing(tuple(files), (), {}, tuple(problems))
+
+
+def _of_entry(shard: Shard, entry: Entry, problems: Problems) -> RawFile:
+    """A sample of a shard. Raises BadSample; a label that is none is a problem, and the sample has no label."""
+    if entry.facts.kind == "latents":
+        raise BadSample("latents, not an image or video")
+    extension = media_extension(set(entry.members))
+    places = {name: Place(shard.address, *member) for name, member in entry.members.items()}
+    label = entry.meta.get("label")
+    if label is None and LABEL_EXTENSION in places:
+        text = places[LABEL_EXTENSION].read(MAX_CAPTION_BYTES).decode("ascii", "replace").strip()
+        label = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else None
+        if label is None:
+            problems.append((f"{shard.name}/{entry.key}.{LABEL_EXTENSION} ({text[:20]!r})", "label is no whole number, left out"))
+    extra = {"json": asdict(places["json"])} if "json" in places else {}
+    name = f"{shard.name}/{entry.key}.{extension}"
+    return RawFile(name, places[extension], places.get(CAPTION_EXTENSION), named_class(entry.meta.get("class")), label, None, extra)

@@ -14,11 +14,12 @@ from typing import Any
 from data_pipelines.errors import UserError
 from data_pipelines.extras import optional
 from data_pipelines.foreign import Problems
-from data_pipelines.raw_files import MEDIA_EXTENSIONS, Listing, Place, RawFile
+from data_pipelines.raw_files import MEDIA_EXTENSIONS, Listing, Place, RawFile, named_class
 from data_pipelines.samples import MAX_CAPTION_BYTES, BadSample
 
 _NAMES = {"path": ("path", "file", "video", "image"), "caption": ("caption", "text")}
 _MAX_EXTRA_BYTES = 1 << 16  # of all further columns of a row
+_MAX_SHOWN = 40  # characters of a value in a reason
 _FOREVER = 1e9  # seconds; JSON has no infinity
 _MAX_LINE = 4 << 20  # characters; a longer line is read in parts, none of which is JSON
 
@@ -72,27 +73,34 @@ def _file(folder: Path, row: Row) -> RawFile:
         until = "end" if span[1] == _FOREVER else f"{span[1]:g}"
         name = f"{name.rpartition('.')[0]}@{span[0]:g}-{until}{path.suffix}"
     number = None if label in (None, "") else _whole(label)
-    return RawFile(name, Place(str(path)), caption, row.get("class") or None, number, span, json.loads(json.dumps(extra, default=str)))
+    further = json.loads(json.dumps(extra, default=str))
+    return RawFile(name, Place(str(path)), caption, named_class(row.get("class")), number, span, further)
 
 
 def _seconds(value: Any, default: float) -> float:
     try:
         number = default if value in (None, "") else float(value)
-    except (TypeError, ValueError) as error:
-        raise BadSample(f"start or end is {value!r}, expected seconds") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadSample(f"start or end is {_shown(value)}, expected seconds") from error
     if math.isnan(number) or number < 0:
-        raise BadSample(f"start or end is {value!r}, expected seconds")
+        raise BadSample(f"start or end is {_shown(value)}, expected seconds")
     return number
 
 
 def _whole(value: Any) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError) as error:
-        raise BadSample(f"label is {value!r}, expected a whole number") from error
-    if number < 0 or number != float(value):
-        raise BadSample(f"label is {value!r}, expected a whole number from 0")
+        whole = number >= 0 and number == float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadSample(f"label is {_shown(value)}, expected a whole number") from error
+    if not whole:
+        raise BadSample(f"label is {_shown(value)}, expected a whole number from 0")
     return number
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _csv(path: Path) -> Iterator[Row]:

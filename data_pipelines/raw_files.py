@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from data_pipelines.samples import IMAGE_EXTENSIONS, MAX_CAPTION_BYTES, VIDEO_EXTENSIONS, BadSample, read_caption
-from data_pipelines.storage import read_range
+from data_pipelines.storage import Member, read_members, read_range
 
 MAX_IMAGE_BYTES = 512 << 20
 MAX_ARCHIVED_BYTES = 4 << 30  # of one file in an archive, which is read into memory
@@ -21,18 +21,21 @@ MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
 
 @dataclass(frozen=True)
 class Place:
-    """Where bytes are: a whole file if `length` is None, else a range of a file or object."""
+    """Where bytes are: a whole file if `length` is None, else a range of a file or object, with its checksum where an index has one."""
 
     address: str
     offset: int = 0
     length: int | None = None
+    checksum: str | None = None
 
     def read(self, limit: int) -> bytes:
-        """The bytes. Raises BadSample if they are more than `limit` or cannot be read."""
+        """The bytes. Raises BadSample if they are more than `limit`, cannot be read or are not those of the checksum."""
         if self.length is not None:
             if self.length > limit:
                 raise BadSample(f"file larger than {limit} bytes")
-            return read_range(self.address, self.offset, self.length)
+            if self.checksum is None:
+                return read_range(self.address, self.offset, self.length)
+            return read_members(self.address, {"": Member(self.offset, self.length, self.checksum)})[""]
         try:
             with open(self.address, "rb") as file:
                 data = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
@@ -89,6 +92,11 @@ class RawFile:
         caption = Place(**caption) if isinstance(caption, dict) else caption
         span = record["span"] and tuple(record["span"])
         return cls(**{**record, "place": Place(**record["place"]), "caption": caption, "span": span})
+
+
+def named_class(value: Any) -> str | None:
+    """The name of a class that a table or an index gives, also as a number; None if it gives none."""
+    return None if value is None or value == "" else str(value)
 
 
 @dataclass(frozen=True)

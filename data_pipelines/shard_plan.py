@@ -77,7 +77,7 @@ def _write_file(shard: ShardWriter, samples: Sequence[Candidate], size: tuple[in
         raise UserError(f"{place} was there when the source was examined and is missing now; bring it back and start the command again")
     done = 0
     try:
-        for sample, (extension, data, facts) in zip(samples, _contents(samples, size)):
+        for sample, (extension, data, facts) in zip(samples, _contents(samples, size), strict=True):
             shard.add(sample.key, {extension: data, **_members(sample)}, facts, _meta(sample))
             done += 1
     except BadSample as error:
@@ -128,10 +128,13 @@ def _members(sample: Candidate) -> dict[str, bytes]:
 
 
 def _original(place: Place) -> dict[str, Any]:
-    """What another tool wrote about a sample; nothing if it is no JSON object."""
+    """What another tool wrote about a sample; nothing if it is no JSON object of at most 1 MiB. Raises BadSample if it is damaged."""
+    if place.length is not None and place.length > MAX_CAPTION_BYTES:
+        return {}
+    data = place.read(MAX_CAPTION_BYTES)
     try:
-        record = json.loads(place.read(MAX_CAPTION_BYTES))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, BadSample):
+        record = json.loads(data)
+    except (ValueError, RecursionError):  # also what is not UTF-8, and an integer of 5000 digits
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -16,7 +16,7 @@ from data_pipelines.curation.scenes import find_scenes
 from data_pipelines.decode import decode_image, fit, image_size
 from data_pipelines.raw_files import MAX_IMAGE_BYTES, RawFile
 from data_pipelines.samples import BadSample
-from data_pipelines.video import Frames, VideoFacts, examine, frames_at
+from data_pipelines.video import MAX_FRAMES, Frames, VideoFacts, examine, frames_at
 
 LOOK_SIDE = 384  # pixels, shorter side of the frames that stages see
 LOOK_PAIRS = 8  # pairs of consecutive frames of a clip that stages see
@@ -85,7 +85,10 @@ def scored(candidates: Iterable[Candidate], name: str, bounds: Bounds, score: Sc
     """Give every candidate the score `name`, and drop those outside the bounds; a score of None says nothing."""
     for candidate in candidates:
         if candidate.dropped is None and candidate.look is not None:
-            value = score(candidate, candidate.look)
+            try:
+                value = score(candidate, candidate.look)
+            except BadSample as error:
+                value, candidate = None, replace(candidate, dropped=error.reason)
             if value is not None:
                 scores = {**candidate.scores, name: float(f"{value:.5g}")}
                 candidate = replace(candidate, scores=scores, dropped=bounds.verdict(name, scores[name]))
@@ -130,11 +133,14 @@ def cut(whole: Candidate, config: IngestConfig) -> Iterator[Candidate]:
 
 
 def _ticks(facts: VideoFacts, fps: float | None) -> np.ndarray:
-    """Numbers of the frames that are shown at the times 0, 1/fps, 2/fps ...; all of them if fps is None."""
+    """Numbers of the frames that are shown at the times 0, 1/fps, 2/fps ...; all of them if fps is None. Raises BadSample if too many."""
     if fps is None:
         return np.arange(len(facts.times))
     interval = 1.0 / (facts.fps or _DEFAULT_FPS)  # how long the last frame is shown
-    ticks = np.arange(0.0, facts.times[-1] + interval - 1e-6, 1.0 / fps)
+    end = facts.times[-1] + interval
+    if end * fps > MAX_FRAMES:
+        raise BadSample(f"video whose last frame ends at {end:.0f} s: more than {MAX_FRAMES} frames at fps {fps:g}")
+    ticks = np.arange(0.0, end - 1e-6, 1.0 / fps)
     return np.searchsorted(np.array(facts.times), ticks + 1e-6, side="right") - 1
 
 
@@ -146,7 +152,13 @@ def _clips(ticks: np.ndarray, config: IngestConfig) -> list[np.ndarray]:
             at += length
     if config.clips_per_scene is None or len(clips) <= config.clips_per_scene:
         return clips
-    return [clips[round(place)] for place in np.linspace(0, len(clips) - 1, config.clips_per_scene + 2)[1:-1]]
+    return [clips[number] for number in _spread(config.clips_per_scene, len(clips))]
+
+
+def _spread(count: int, total: int) -> list[int]:
+    """`count` different numbers below `total`, evenly spread and ascending: the middles of as many equal parts."""
+    assert 0 < count <= total, (count, total)
+    return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
 # --- looking ----------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ class Embedding(Section):
 
 class IngestConfig(Section):
     captions: str | None = None
-    """sidecar (those that came with the files), class-name, or a text in which {class} is replaced; None: by class if there are any."""
+    """sidecar (the files' own), class-name, or any text ({class} is replaced); None: class-name if there are classes and no sidecar."""
     shard_samples: PositiveInt = 1000
     """Samples of a shard."""
     clip_frames: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (9,)

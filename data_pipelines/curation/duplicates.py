@@ -10,13 +10,14 @@ from PIL import Image
 from data_pipelines.curation.candidates import Candidate, Look
 from data_pipelines.curation.config import Embedding, PerceptualHash
 from data_pipelines.extras import optional
+from data_pipelines.samples import BadSample
 from data_pipelines.video import Frames
 
 _HASHED = 32  # pixels, side of the picture whose lowest 8 x 8 frequencies are hashed
 _BITS = 64
 _BLOCK = 4096  # embeddings compared at once
 
-Signed = tuple[str, str]  # file name, signature
+Signed = tuple[str, str]  # which file, signature
 Sign = Callable[[Look], bytes]
 
 
@@ -24,7 +25,10 @@ def signed(candidates: Iterable[Candidate], sign: Sign) -> Iterator[Candidate]:
     """Give every candidate its signature."""
     for candidate in candidates:
         if candidate.dropped is None and candidate.look is not None:
-            candidate = replace(candidate, signature=sign(candidate.look).hex())
+            try:
+                candidate = replace(candidate, signature=sign(candidate.look).hex())
+            except BadSample as error:
+                candidate = replace(candidate, dropped=error.reason)
         yield candidate
 
 

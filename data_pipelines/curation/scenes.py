@@ -38,5 +38,5 @@ def find_scenes(source: bytes | Path, extension: str, facts: VideoFacts, config:
 
 
 def _without_margins(start: int, stop: int, end: int, margin: int) -> tuple[int, int]:
-    first = start + margin if start > 0 else 0
+    first = min(start + margin, stop) if start > 0 else 0
     return first, max(first, stop - margin if stop < end else end)

@@ -250,3 +250,10 @@ def test_only_finite_arrays_are_taken_whatever_their_sign(dtype):
         else:
             with pytest.raises(BadSample, match="NaN or infinite"):
                 decode_npy(buffer.getvalue())
+
+
+def test_a_picture_so_narrow_that_it_fills_the_memory_is_a_bad_sample():
+    for shape in ((1, 10_000, 3), (10_000, 1, 3)):
+        with pytest.raises(BadSample, match="too narrow to fill 256 x 256"):
+            fit(np.zeros(shape, np.uint8), 256, 256, key=None)
+    assert fit(np.zeros((4, 2000, 3), np.uint8), 64, 64, key=None).shape == (64, 64, 3)

@@ -17,6 +17,7 @@ from data_pipelines import ingest as ingest_module
 from data_pipelines import moving_shapes
 from data_pipelines.__main__ import main
 from data_pipelines.config import DataConfig
+from data_pipelines.curation.candidates import Candidate
 from data_pipelines.curation.config import IngestConfig
 from data_pipelines.errors import UserError
 from data_pipelines.histograms import _panel, histograms
@@ -25,7 +26,7 @@ from data_pipelines.loader import StepStream
 from data_pipelines.plan import open_plan
 from data_pipelines.raw_files import Place, RawFile
 from data_pipelines.samples import Facts
-from data_pipelines.shard_plan import ShardPlan, write_shard
+from data_pipelines.shard_plan import ShardPlan, _write_file, write_shard
 from data_pipelines.shards import ShardWriter, verify_shard
 from data_pipelines.sources import read_source
 from data_pipelines.video import frames_at, write_mp4
@@ -121,6 +122,75 @@ def test_examining_goes_on_where_it_was_cut_off(tmp_path, photos, monkeypatch):
     assert run(*arguments[:2], tmp_path / "b", *arguments[3:]) == 0
     assert len(looked) == 7
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted(monkeypatch, after, *arguments):
+    """Run a command that ends while it examines the file after so many."""
+    looked, whole = [], ingest_module._whole
+
+    def look(file, key):
+        if len(looked) == after:
+            raise Interrupted
+        looked.append(file.name)
+        return whole(file, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest_module, "_whole", look)
+        with pytest.raises(Interrupted):
+            run(*arguments)
+
+
+@pytest.mark.parametrize("changed", ["back", "gone"])
+def test_files_that_came_or_went_between_two_starts_cost_no_other(tmp_path, photos, monkeypatch, changed):
+    names = [f"dog/{number}.jpg" for number in range(3)] + [f"tabby_cat/{number}.jpg" for number in range(4)]
+    (photos / "m.csv").write_text("path\n" + "\n".join(names))
+    files = [RawFile(name, Place(str(photos / name))) for name in names]
+    order = [file.name for file in sorted(files, key=lambda file: (ingest_module.randomness.key("ingest", file.name), file.name))]
+    file, aside = photos / order[1], tmp_path / "aside.jpg"  # the second to be looked at
+    if changed == "back":
+        file.rename(aside)
+    interrupted(monkeypatch, 4, "ingest", photos / "m.csv", tmp_path / "out")
+    assert len((tmp_path / "out" / "plan" / "examined.jsonl").read_bytes().splitlines()) == 4
+    aside.rename(file) if changed == "back" else file.rename(aside)
+    assert run("ingest", photos / "m.csv", tmp_path / "out") == 0
+    assert [entry.meta["file"] for entry in entries(tmp_path / "out")] == [name for name in order if changed == "back" or name != order[1]]
+    assert run("ingest", photos / "m.csv", tmp_path / "fresh") == 0
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "fresh")
+
+
+def test_a_sample_without_content_is_an_error_not_a_gap(tmp_path, photos):
+    picture = Candidate("a", RawFile("dog/0.jpg", Place(str(photos / "dog" / "0.jpg"))))
+    with pytest.raises(ValueError, match="shorter"), ShardWriter(tmp_path / "a.tar") as shard:
+        _write_file(shard, [picture, picture], None)
+
+
+def test_tars_of_others_are_the_same_source_once_they_are_indexed(tmp_path, photos, monkeypatch):
+    (tmp_path / "src").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "src" / "a.tar")) as sink:
+        for number in range(4):
+            sink.write({"__key__": f"{number}", "jpg": (photos / "dog" / "0.jpg").read_bytes()})
+    interrupted(monkeypatch, 2, "ingest", tmp_path / "src", tmp_path / "out")
+    assert (tmp_path / "src" / "a.tar.index.json").is_file()
+    assert run("ingest", tmp_path / "src", tmp_path / "out") == 0
+    assert len(entries(tmp_path / "out")) == 4
+
+
+def test_out_may_lie_in_src_but_not_be_it(tmp_path, photos, monkeypatch, capsys):
+    out = photos / "made" / "out"
+    interrupted(monkeypatch, 2, "ingest", photos, out)
+    assert run("ingest", photos, out) == 0
+    (out / "shard-000000.tar").unlink()
+    assert run("ingest", photos, out) == 0
+    assert run("ingest", photos, tmp_path / "elsewhere", "--captions", "x") == 0  # what lies in OUT of another is no media
+    assert json.loads((out / "ingest.json").read_text())["ignored"] == {".md": 1, "hidden": 1}
+    before = snapshot(photos)
+    assert run("ingest", photos, photos / "." / "dog" / "..") == 2
+    assert "is SRC itself" in capsys.readouterr().err
+    assert snapshot(photos) == before
 
 
 def test_examining_in_several_processes_gives_the_same_bytes(tmp_path, photos):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -132,3 +133,109 @@ def test_ours_go_through_again(tmp_path, shapes):
     (first,) = [e for e in index.entries if e.meta["file"] == "shard-000000/00000000.mp4"]
     (before,) = [e for e in read_source(str(shapes)).index(read_source(str(shapes)).shards[0]).entries if e.key == "00000000"]
     assert first.caption_length == before.caption_length > 0
+
+
+def record(out):
+    return json.loads((out / "ingest.json").read_text())
+
+
+@pytest.mark.parametrize("member", ["png", "txt"])
+def test_a_byte_that_changed_since_a_shard_was_indexed_costs_its_sample(tmp_path, write_shard, member):
+    shard = write_shard(tmp_path / "src")
+    damaged = read_index(index_path(str(shard))).entries[3].members[member]
+    data = bytearray(shard.read_bytes())
+    data[damaged.offset + damaged.length - 1] ^= 1
+    shard.write_bytes(data)
+    assert main(["ingest", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    assert "shard-000000/0-003" not in samples(tmp_path / "out")
+    ((what, reason),) = record(tmp_path / "out")["skipped"]
+    assert what == "shard-000000/0-003.png"
+    assert reason.startswith("checksum mismatch")
+
+
+def test_the_json_of_a_sample_is_verified_too(tmp_path):
+    (tmp_path / "src").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "src" / "a.tar")) as sink:
+        for key in "pq":
+            sink.write({"__key__": key, "png": np.zeros((8, 8, 3), np.uint8), "json": {"licence": "CC0"}})
+    read_source(str(tmp_path / "src"))
+    tar = tmp_path / "src" / "a.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"CC0", b"CC1", 1))
+    assert main(["ingest", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    assert set(samples(tmp_path / "out")) == {"a/q"}
+    assert [what for what, _ in record(tmp_path / "out")["skipped"]] == ["a/p.png"]
+
+
+def test_what_a_tar_lost_since_it_was_indexed_is_listed(tmp_path):
+    (tmp_path / "src").mkdir()
+    for name in "ab":
+        with webdataset.TarWriter(str(tmp_path / "src" / f"{name}.tar")) as sink:
+            for key in range(3):
+                sink.write({"__key__": f"{key}", "cls": key, "png": np.full((8, 8, 3), key, np.uint8)})
+    read_source(str(tmp_path / "src"))
+    tar = tmp_path / "src" / "a.tar"
+    length = tar.stat().st_size
+    at = read_index(index_path(str(tar))).entries[1].members["cls"].offset
+    tar.write_bytes(tar.read_bytes()[:at])
+    (tmp_path / "src" / "b.tar").unlink()
+    assert main(["ingest", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    assert set(samples(tmp_path / "out")) == {"a/0"}
+    skipped = dict(record(tmp_path / "out")["skipped"])
+    assert skipped.pop("a.tar") == f"{at} bytes, {length} when it was indexed"
+    assert skipped.pop("b.tar") == "missing, but its index is there"
+    assert set(skipped) == {"a/1", "a/2", "b/0", "b/1", "b/2"}
+
+
+def test_a_label_that_is_no_number_is_listed(tmp_path):
+    (tmp_path / "src").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "src" / "a.tar")) as sink:
+        sink.write({"__key__": "p", "png": np.zeros((8, 8, 3), np.uint8), "cls": b"cat"})
+    assert main(["ingest", str(tmp_path / "src"), str(tmp_path / "out")]) == 0
+    assert "cls" not in samples(tmp_path / "out")["a/p"]
+    assert record(tmp_path / "out")["skipped"] == [["a/p.cls ('cat')", "label is no whole number, left out"]]
+
+
+def test_classes_that_are_numbers_are_names(tmp_path, folder):
+    rows = [{"path": "a.png", "class": 0}, {"path": "deep/b.jpg", "class": 7}, {"path": "c.mp4", "class": "x_y"}]
+    (folder / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["ingest", str(folder / "m.jsonl"), str(tmp_path / "out"), "--captions", "class {class}"]) == 0
+    captions = {key: sample["txt"] for key, sample in samples(tmp_path / "out").items()}
+    assert captions == {"a": b"class 0", "deep/b": b"class 7", "c@00000": b"class x y"}
+
+
+def test_numbers_without_bound_are_problems_of_their_rows(tmp_path, folder):
+    huge = "1" + "0" * 400
+    rows = ['"label": 1e999', f'"label": {huge}', f'"start": {huge}', '"label": 2']
+    (folder / "m.jsonl").write_text("\n".join(f'{{"path": "a.png", {row}}}' for row in rows))
+    assert main(["ingest", str(folder / "m.jsonl"), str(tmp_path / "out")]) == 0
+    assert samples(tmp_path / "out")["a"]["cls"] == b"2"
+    skipped = record(tmp_path / "out")["skipped"]
+    assert [what for what, _ in skipped] == [f"m.jsonl row {number}" for number in (1, 2, 3)]
+    assert all("expected" in reason and len(reason) < 100 for _, reason in skipped)
+
+
+def test_hidden_files_of_an_archive_are_no_folder_of_its_own(tmp_path, folder):
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "dog").mkdir()
+    shutil.copy(folder / "a.png", tmp_path / "photos" / "cat")
+    shutil.copy(folder / "a.png", tmp_path / "photos" / "dog")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("._photos"))
+        tar.addfile(tarfile.TarInfo("photos/._cat"))
+        tar.add(tmp_path / "photos", "photos")
+    assert main(["ingest", str(tmp_path / "a.tar"), str(tmp_path / "out")]) == 0
+    assert {key: sample["cls"] for key, sample in samples(tmp_path / "out").items()} == {"cat/a": b"0", "dog/a": b"1"}
+    assert record(tmp_path / "out")["ignored"] == {"hidden": 2}
+
+
+def test_captions_beside_the_files_are_kept_where_folders_hold_all_of_them(tmp_path, folder, capsys):
+    source = tmp_path / "parts"
+    for part in ("part1", "part2"):
+        (source / part).mkdir(parents=True)
+        shutil.copy(folder / "a.png", source / part)
+    (source / "part1" / "a.txt").write_text("a square")
+    assert main(["ingest", str(source), str(tmp_path / "out")]) == 0
+    assert {key: sample.get("txt") for key, sample in samples(tmp_path / "out").items()} == {"part1/a": b"a square", "part2/a": None}
+    assert "2 classes, by folder: part1, part2\n" in capsys.readouterr().out
+    assert main(["ingest", str(source), str(tmp_path / "named"), "--captions", "class-name"]) == 0
+    assert samples(tmp_path / "named")["part1/a"]["txt"] == b"a photo of a part1"

@@ -9,6 +9,7 @@ from PIL import Image, ImageEnhance
 from data_pipelines.__main__ import main
 from data_pipelines.curation.config import Embedding, PerceptualHash
 from data_pipelines.curation.duplicates import find_duplicates, perceptual_hash
+from data_pipelines.video import write_mp4
 
 RANDOM = np.random.default_rng(1)
 
@@ -71,6 +72,16 @@ def test_embeddings_are_compared_by_their_angle():
     # b at 25 is near a at 10; d is near c; the last is near only to others of its own file
     assert find_duplicates(items, config) == {2: 1, 4: 3}
     assert find_duplicates(items, config.model_copy(update={"within_file": True})) == {1: 0, 4: 3, 5: 0}
+
+
+@pytest.mark.parametrize(("within", "samples"), [("false", 2), ("true", 1)])
+def test_spans_of_one_video_are_one_file(tmp_path, within, samples):
+    still = np.repeat(np.asarray(picture(0))[None], 20, 0)
+    write_mp4(tmp_path / "a.mp4", still, 10, lossless=True)
+    (tmp_path / "m.csv").write_text("path,start,end\na.mp4,0,1\na.mp4,1,2\n")
+    duplicates = f"duplicates={{name: perceptual_hash, within_file: {within}}}"
+    assert main(["ingest", str(tmp_path / "m.csv"), str(tmp_path / "out"), "--clip-frames", "9", duplicates]) == 0
+    assert json.loads((tmp_path / "out" / "ingest.json").read_text())["samples"] == samples
 
 
 def test_copies_in_a_folder_are_left_out_and_named(tmp_path, capsys):

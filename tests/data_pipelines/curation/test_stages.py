@@ -9,13 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipelines.__main__ import main
 from data_pipelines.curation import pictures
-from data_pipelines.curation.candidates import Candidate, Look, cut, looked_at
-from data_pipelines.curation.config import IngestConfig, Scenes
+from data_pipelines.curation.candidates import Candidate, Look, _clips, _ticks, cut, looked_at, scored
+from data_pipelines.curation.config import Bounds, IngestConfig, Scenes
 from data_pipelines.curation.motion import motion
 from data_pipelines.curation.scenes import find_scenes
 from data_pipelines.raw_files import Place, RawFile
+from data_pipelines.samples import BadSample
 from data_pipelines.sources import read_source
-from data_pipelines.video import encode_mp4, examine, frames_at, write_mp4
+from data_pipelines.video import VideoFacts, encode_mp4, examine, frames_at, write_mp4
 
 RANDOM = np.random.default_rng(0)
 CLIP = Candidate("a", RawFile("a.mp4", Place("a.mp4")), tuple(range(9)), fps=10.0)
@@ -124,9 +125,45 @@ def test_a_scene_is_cut_into_the_longest_clips_first(tmp_path):
     assert [i for clip in clips for i in clip.indices] == list(range(31))
     assert [clip.span for clip in clips] == [(0.0, 1.3), (1.3, 2.6), (2.6, 3.1)]
     spread = clips_of(tmp_path, 30, clip_frames=[5], clips_per_scene=2)
-    assert [clip.indices[0] for clip in spread] == [10, 15]
+    assert [clip.indices[0] for clip in spread] == [5, 20]
     (short,) = clips_of(tmp_path, 4, clip_frames=[5])
     assert short.dropped == "video shorter than the 5 frames of a clip"
+
+
+@pytest.mark.parametrize("clips", range(1, 13))
+def test_the_clips_of_a_scene_are_different_and_evenly_spread(clips):
+    for wanted in range(1, clips + 1):
+        found = _clips(np.arange(clips), IngestConfig(clip_frames=(1,), clips_per_scene=wanted))
+        firsts = [int(clip[0]) for clip in found]
+        assert len(set(firsts)) == wanted
+        assert firsts == sorted(firsts)
+        gaps = np.diff([-1 - firsts[0], *firsts, 2 * clips - 1 - firsts[-1]])  # both ends mirrored
+        assert gaps.max() - gaps.min() <= 2
+
+
+def test_a_cut_nearer_to_the_end_than_its_margin_costs_only_that_scene(tmp_path):
+    pytest.importorskip("scenedetect", exc_type=ImportError)
+    video = np.concatenate([scene(20, step=1), 255 - scene(2, step=1) // 2])
+    write_mp4(tmp_path / "a.mp4", video, 10, lossless=True)
+    whole = Candidate("a", RawFile("a.mp4", Place(str(tmp_path / "a.mp4"))))
+    first, last = cut(whole, IngestConfig(clip_frames=(9,), scenes=Scenes(min_seconds=0.1, margin_frames=5)))
+    assert first.indices == tuple(range(9))
+    assert (last.scene, last.dropped) == (1, "scene shorter than the 9 frames of a clip")
+
+
+def test_a_wild_time_stamp_is_a_bad_sample():
+    facts = VideoFacts(8, 8, 10.0, (0.0, 0.1, 1e8))
+    with pytest.raises(BadSample, match="ends at 100000000 s"):
+        _ticks(facts, 25.0)
+    assert _ticks(facts, None).tolist() == [0, 1, 2]
+
+
+def test_a_picture_that_a_stage_cannot_take_is_dropped_with_its_reason():
+    def score(candidate, look):
+        raise BadSample("too narrow")
+
+    (found,) = scored([Candidate("a", RawFile("a.png", Place("a.png")), look=look(flat(1)[0]))], "x", Bounds(), score)
+    assert found.dropped == "too narrow"
 
 
 def test_every_clip_sees_its_own_frames(tmp_path):
