@@ -218,7 +218,8 @@ def _still_valid(journal: Path, tasks: Sequence[_Task]) -> int:
     journal.touch()
     lines, end = 0, 0
     with journal.open("r+b") as file:
-        for line, task in zip(file, tasks, strict=False):  # either may be the longer
+        for task in tasks:
+            line = file.readline()
             if not line.endswith(b"\n") or not _is_of(line, task):
                 break
             lines, end = lines + 1, end + len(line)

@@ -86,7 +86,7 @@ FIGURES = {
 @pytest.mark.parametrize(
     "name", [name if name == "distribution_matching" else pytest.param(name, marks=pytest.mark.slow) for name in CRITICS]
 )
-def test_a_student_with_a_critic_is_validated_drawn_and_handed_on(
+def test_a_student_with_a_critic_is_validated_drawn_and_no_teacher(
     forks: Forks, teacher: Path, latents: Path, tmp_path: Path, name: str
 ) -> None:
     validation = {"source": str(latents), "samples": 4, "times": [0.5], "every_steps": 3}
@@ -107,7 +107,8 @@ def test_a_student_with_a_critic_is_validated_drawn_and_handed_on(
     assert any(not torch.equal(student[name], value) for name, value in taught.items())
 
     again = {"name": "progressive", "guidance": {"s": 1.0}, "student_steps": 1}
-    forks.run("distill", str(distill_config(tmp_path / "second.yaml", tmp_path / "student", method=again))).ok()
+    refused = forks.run("distill", str(distill_config(tmp_path / "second.yaml", tmp_path / "student", method=again)))
+    assert (refused.code, "jumps to the data and no flow" in refused.err) == (2, True)
     values = {"contestants": [{"run": str(tmp_path / "student")}], "prompts": ["a large red disc"], "size": [9, 32, 32]}
     (tmp_path / "sample.yaml").write_text(json.dumps(values | {"out": str(tmp_path / "drawn")}))
     sampler = "ancestral" if method["name"] == "moment_matching" else "consistency"

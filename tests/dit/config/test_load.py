@@ -193,8 +193,8 @@ MISTAKES = {
         contestants.0.steps=0 | greater than 0
         contestants=[] | at least 1
         prompts=[] | at least 1
-        weights=average | pattern
-        weights=sigma_rel=2 | pattern
+        weights=average | got average, expected ema, model, or sigma_rel=S
+        weights=sigma_rel=2 | got sigma_rel=2, expected ema, model, or sigma_rel=S with 0 < S < 0.28
         size=[9, 32] | size.2 | missing
         labels=[-1] | greater than or equal to 0
         edit={name: inpaint, input: a.png} | exactly one of mask and region | mask=None, region=None
