@@ -14,7 +14,7 @@ from dit.diffusion import ClassifierFreeGuidance, build_denoiser
 from dit.diffusion.draws import noise_tokens
 from dit.diffusion.samplers import euler, schedule
 from dit.runs import Encoders, TrainedRun
-from tests.processes import Forks, distill_config
+from tests.processes import Forks, distill_config, metrics
 
 TWO_STEPS = "drawn.sampling={steps: 2, shift: 3.0, guidance: {s: 2.5}}"
 
@@ -63,6 +63,9 @@ def test_a_student_learns_from_them(forks: Forks, drawn: Path, teacher: Path, tm
     method = {"name": "adversarial", "guidance": {"s": 2.5}, "critic": {"blocks": [0, 1], "optimizer": {"lr": 1e-3}}}
     config = distill_config(tmp_path / "student.yaml", teacher, data=data, method=method)
     forks.run("distill", str(config)).ok()
+    judged = [line["judged_data"] for line in metrics(tmp_path / "student") if "judged_data" in line]
+    assert len(judged) == 3
+    assert np.isfinite(judged).all()
 
 
 @pytest.mark.parametrize(
