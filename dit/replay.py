@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from dit.engine.loop import accumulate
 from dit.runs import Encoders, TrainedRun
 from dit.runtime import distributed
 from dit.stream import Stream
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,18 +55,35 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
         engine, losses_of, _ = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)
     else:
         engine, losses_of = train.compose(run, encoders, stream)
-    position, since = resume(engine, trained.path, before=step), _record(trained.path, step).get("since")
+    record = _record(trained.path, step)
+    position, since = resume(engine, trained.path, before=step), record.get("since")
     if since and since["step"] == engine.step:  # the run went on from there with other data
         position = since["position"]
-    steps = stream.steps(position)
     if not engine.step < step:
         raise UserError(f"STEP={step}: expected a step from 1 on")
+    start, steps = engine.step, stream.steps(position)
     for _ in track(range(engine.step + 1, step), f"steps {engine.step + 1} to {step - 1}"):
         batch = next(steps)
         engine.optimizer_step(accumulate(engine, batch, losses_of).reduce(batch.samples, batch.bad, False).loss)
     batch = next(steps)
+    _same_samples(trained.path, step, start, {name for pack in batch.packs for name in pack.ids}, record)
     tally = accumulate(engine, batch, losses_of)
     return tally.samples(), engine.optimizer_step(tally.reduce(batch.samples, batch.bad, False).loss)
+
+
+def _same_samples(run: Path, step: int, start: int, ids: set[str], record: Mapping[str, Any]) -> None:
+    """Refuse samples that are not those of the step as it was written down, and warn where the run may have taken others.
+
+    A run that returns to a checkpoint goes on with other data; where that checkpoint is gone, only what was written down tells.
+    """
+    returns = [_record(run, int(path.stem.removeprefix("step-"))) for path in sorted((run / "bad_steps").glob("step-*.json"))]
+    between = sorted({each["since"]["step"] for each in returns if "since" in each and start < each["since"]["step"] < step})
+    why = "the run returned to a checkpoint that is gone, and went on from there with other data"
+    recorded = {sample["id"] for rank in record.get("ranks", []) for sample in rank["samples"]}
+    if recorded and recorded != ids:
+        raise UserError(f"STEP={step}: its samples are not those that were written down (bad_steps/step-{step:08d}.json): {why}")
+    if between and not recorded:
+        log.warning("these may not be the samples of step %d: %s (%s)", step, why, ", ".join(f"step {each}" for each in between))
 
 
 def _alone(run: TrainRun | DistillRun) -> TrainRun | DistillRun:

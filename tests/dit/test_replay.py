@@ -1,6 +1,7 @@
 """`dit replay`: the same samples, losses and gradient again, in one process, of a run of two."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def test_a_step_that_stopped_the_run(forks: Forks, tmp_path: Path, latents: Path
             assert f"t {sample['t']:.6f}" in line
             assert line.endswith(f"recorded {sample['loss']}")
     assert record["reason"] in said
+
+
+def test_a_step_that_was_undone_is_replayed_with_its_own_data(forks: Forks, tmp_path: Path, latents: Path) -> None:
+    """Every gradient a little above the median is a spike, so the run returns, goes on with other data, and saves the same step again."""
+    guard = {"on_spike": "rollback", "spike_deviations": 0.1, "window": 8, "max_bad_steps": 100}
+    config = train_config(
+        tmp_path / "run.yaml", latents, guard=guard, train__save_every_steps=1, train__keep_checkpoints=20, train__samples=144
+    )
+    forks.run("train", str(config), ranks=2).ok()
+    undone = [json.loads(path.read_text()) for path in (tmp_path / "run" / "bad_steps").iterdir()]
+    assert len(undone) > 1
+    for record in undone:
+        said = forks.run("replay", str(tmp_path / "run"), str(record["step"])).ok().out
+        recorded = {sample["id"]: sample["loss"] for rank in record["ranks"] for sample in rank["samples"]}
+        again = {line.split()[0]: float(line.split("loss ")[1].split()[0]) for line in said.splitlines() if "  recorded " in line}
+        assert again == pytest.approx(recorded, rel=1e-4)
+        assert float(said.split("gradient norm ")[1].split(",")[0]) == pytest.approx(record["grad_norm"], rel=1e-4)
+    for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        shutil.rmtree(folder)
+    done = forks.run("replay", str(tmp_path / "run"), str(max(record["step"] for record in undone)))
+    assert (done.code, "Traceback" in done.err) == (2, False)
+    assert "its samples are not those that were written down" in done.err
+    assert "the run returned to a checkpoint that is gone" in done.err
+    taken = max(set(range(1, 10)) - {record["step"] for record in undone})
+    assert f"these may not be the samples of step {taken}" in forks.run("replay", str(tmp_path / "run"), str(taken)).ok().err
 
 
 def test_no_such_step(forks: Forks, teacher: Path) -> None:

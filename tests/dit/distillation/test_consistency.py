@@ -157,3 +157,23 @@ def test_the_gap_is_relative_before_the_shift() -> None:
     lower, upper = visited
     u = upper / (0.5 + 0.5 * upper)  # the inverse of t = k u / (1 + (k - 1) u)
     torch.testing.assert_close(lower / (0.5 + 0.5 * lower), u / 2)
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_a_skip_never_asks_at_the_end_of_a_phase(phases: int) -> None:
+    """At t = 0 a network that predicts noise says nothing of the velocity: 0 / 0."""
+    asked: list[Tensor] = []
+
+    def knows_nothing_of_data(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        asked.append(t)
+        return MIXTURE(x_t, t, cond) * (t / t)[:, None]
+
+    settings = config(skip=0.4, phases=phases, student_steps=2, solver="euler", solver_steps=2)
+    batch = pack_of_points(MIXTURE.draw(500, 2), 5)
+    losses = ConsistencyDistillation(settings, knows_nothing_of_data, None)(knows_nothing_of_data, batch, 0.5)
+    assert torch.isfinite(losses.per_sample).all()
+    t, _, r, at_t = asked  # the teacher at t and between, the student at r and t
+    end = ((t.double() * phases).ceil() - 1) / phases
+    torch.testing.assert_close(r.double(), torch.maximum(t - 0.4, end + (t - end) * 1e-3), rtol=1e-5, atol=1e-6)
+    assert (r > end).all()
+    assert torch.equal(t, at_t)

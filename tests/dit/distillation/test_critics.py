@@ -227,6 +227,16 @@ def test_data_under_another_caption_are_to_be_told_apart() -> None:
     torch.testing.assert_close(told - plain, 1 + torch.tensor([0.4, 0.1, 0.2]))
 
 
+def test_a_sample_behind_a_hole_has_no_other_caption() -> None:
+    def reads(x_t: Tensor, t: Tensor, batch: PackedLatents) -> Tensor:
+        cond = batch.cond
+        return cond.per_token(torch.stack([part.mean() for part in cond.text.split(cond.text_lengths)]))[:, None]
+
+    batch = PackedLatents(DATA.draw(3, 1), captions([0.1, 0.2, 0.4]), (1, 2, 3), ("a", "b", "c"), torch.tensor([1.0, 0, 1]))
+    plain, told = (adversarial(reads, mismatched=flag).critic_losses(making(DATA), batch, 0.0).per_sample for flag in (False, True))
+    torch.testing.assert_close(told - plain, torch.tensor([1.4, 0, 0]))
+
+
 IN_PIXELS = {"features": {"name": "random_conv"}, "blocks": [0, 1]}
 
 
@@ -303,6 +313,19 @@ def test_heads_in_pixels_are_told_caption_and_class_and_see_no_other_sample() ->
         assert torch.equal(other[:2], plain[:2])
         assert float((other - plain)[2:].abs().min()) > 1e-4
     torch.testing.assert_close(said((0.3,), (0,), latents[:2]), plain[:2])
+
+
+def test_heads_of_a_model_with_classes_take_a_pack_of_holes() -> None:
+    looks = random_looks()._replace(classes=3)
+    config = method(name="adversarial", critic={"optimizer": {"lr": 1.0}, **IN_PIXELS})
+    module = with_critic(config, Student(2, 8, 1), Student(2, 8, 1), 8, looks)
+    built = build_distillation(config, DATA, None, None, discriminator_of(config, module, module, looks))
+    holes = pack_conditioning([(1, 1, 1)] * 2, [torch.zeros(1, 4)] * 2)  # nobody could say of which class they are
+    batch = PackedLatents(torch.zeros(2, 2), holes, (1, 2), ("", ""), torch.zeros(2))
+    for step in (0, 1):
+        losses = objective_at(built, step)(student_of(module), batch, 0.0).per_sample
+        losses.sum().backward()
+        assert losses.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,31 @@ def test_a_difference_is_one_sided_at_the_ends_of_time() -> None:
     assert all(0 <= float(level.min()) <= float(level.max()) <= 1 for level in seen)
 
 
+@pytest.mark.parametrize("jumps", [True, False])
+def test_a_difference_stays_between_the_level_that_is_jumped_to_and_one(jumps: bool) -> None:
+    seen: list[tuple[Tensor, Tensor | None]] = []
+
+    def student(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        seen.append((t, cond.jump))
+        return x_t * cond.per_token(t)[:, None]
+
+    t = torch.tensor([0.5, 0.5, 0.01, 1.0], dtype=torch.float64)
+    jump = torch.tensor([0.3, 0.01, 0.01, 0.2], dtype=torch.float64)
+    x = torch.ones(4, 1, dtype=torch.float64)
+    rate = derivative(student, x, t, 0 * x, points(4).over(jump) if jumps else points(4), "difference", 0.05)
+    torch.testing.assert_close(rate, x)
+    (upper, above), (lower, below) = seen
+    assert upper.tolist() == pytest.approx([0.55, 0.55, 0.06, 1.0])
+    assert lower.tolist() == pytest.approx([0.45, 0.49 if jumps else 0.45, 1e-5, 0.95], abs=1e-4)
+    assert (lower > 0).all()
+    if jumps:
+        assert above is not None
+        assert below is not None
+        torch.testing.assert_close(upper - above, t - jump)  # what is jumped to stays where it is
+        torch.testing.assert_close(lower - below, t - jump, atol=1e-4, rtol=0)
+        assert (below >= 0).all()
+
+
 def test_the_tangent_is_the_published_one_in_trigonometric_coordinates() -> None:
     batch = doubles(pack_of_points(MIXTURE.draw(60, 3), 7))
     config = method(name="continuous_consistency", warmup=0.0)

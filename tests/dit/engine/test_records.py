@@ -40,6 +40,23 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_could_not_be_read_stays_known_when_its_step_is_undone(tmp_path: Path) -> None:
+    with Records(tmp_path, 0, True) as records:
+        for step in range(1, 6):
+            records.step({"step": step, "held_out": {"loss": step}} if step in (2, 4) else {"step": step})
+        records.bad(1, [("a", "torn")])
+        records.bad(4, [("b", "torn"), ("c", "gone")])
+        records.rewind(3)
+        assert records.held_out == {"loss": 2}
+        records.step({"step": 4})
+        records.bad(4, [("d", "torn")])
+    found = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["id"]) for one in found] == [(1, "a"), (3, "b"), (3, "c"), (4, "d")]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    with Records(tmp_path, 3, True) as again:
+        assert again.bad_before == 3
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

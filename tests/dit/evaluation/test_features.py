@@ -122,6 +122,13 @@ def test_a_network_whose_weights_are_not_whole_is_refused(tmp_path: Path) -> Non
         Network(NetworkFeatures(name="network", path=str(path)), CPU)
 
 
+def test_a_network_whose_file_is_cut_is_refused(tmp_path: Path) -> None:
+    file = dinov2(tmp_path / "dino") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"metrics.features.path: got .*dino.* expected a local folder"):
+        Network(NetworkFeatures(name="network", path=str(file.parent)), CPU)
+
+
 def test_clip_score_is_the_cosine_of_transformers(tmp_path: Path, videos: Tensor) -> None:
     torch.manual_seed(4)
     text = {**SMALL, "vocab_size": 16, "max_position_embeddings": 20, "eos_token_id": 1}
