@@ -5,6 +5,7 @@ replaces its parent's section whole. Overrides are `dotted.key=value` with YAML 
 """
 
 import difflib
+import os
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,17 @@ def has_section(path: str, name: str) -> bool:
 
 def save_resolved(run: BaseModel, path: Path) -> None:
     """Write the run with every default filled in, such that `load_run` reads it back equal."""
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    replace_file(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a small file that others need: whole on the disk, or as it was before."""
+    beside = path.with_name(f".{path.name}.writing")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
 
 
 def _read_with_base(path: Path) -> tuple[dict[str, Any], dict[Location, str]]:

@@ -12,4 +12,5 @@ def optional(module: str, purpose: str, extra: str = "curate") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise UserError(f"{purpose} needs the package {package} ({error}); install it with: pip install 'dit[{extra}]'") from error
+        how = f"pip install -c constraints.txt -e '.[{extra}]'"
+        raise UserError(f"{purpose} needs the package {package} ({error}); install it in the project's folder: {how}") from error

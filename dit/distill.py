@@ -70,9 +70,9 @@ def main(run: DistillRun) -> int:
     check_teacher(run, trained)
     check_critic(run, base)
     data = run.data or base.data
-    encoders = Encoders.load(base.encoders, distributed.device())
+    encoders = trained.encoders()
     stream = Stream(data, encoders, base.backbone, run.train.seed)
-    folder = open_for_writing(run, base, stream.describe(run.train.samples))
+    folder = open_for_writing(run, base, stream.describe(run.train.samples), encoders)
     engine, losses_of, objective = compose(run, trained, encoders, stream)
 
     def flow_of(network: nn.Module) -> Denoiser:
@@ -117,8 +117,10 @@ def compose(
         module = with_critic(run.method, student, teacher, config.hidden_size, looks)
     if run.engine.compile:
         compile_blocks(network)
-    teacher = place_frozen(teacher, teacher_engine(run.method, run.engine))
-    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW)
+    place = teacher_engine(run.method, run.engine)
+    teacher = place_frozen(teacher, place)
+    is_shared = place.zero_stage == 3  # by ranks whose packs have other t
+    guided = guide(as_flow(base, teacher), encoders, base, run.method.guidance, RECTIFIED_FLOW, is_called_together=is_shared)
     turns, discriminator = turns_of(run), discriminator_of(run.method, module, teacher, looks)
     critic = as_flow(base, partial(module, "critic")) if turns else None
     weights = weights_of(run, trained, teacher)

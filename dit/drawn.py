@@ -31,7 +31,7 @@ class Drawer:
     def load(cls, config: Drawn) -> "Drawer":
         """Raises UserError for a run that is none or has no checkpoint. Called by all ranks."""
         opened = Opened.of(config, "drawn.")
-        encoders = Encoders.load(opened.trained.base.encoders, distributed.device())
+        encoders = opened.trained.encoders()
         return cls(config, opened, encoders, opened.network(encoders, config.weights))
 
     def fingerprint(self) -> Mapping[str, object]:

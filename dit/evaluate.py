@@ -23,7 +23,7 @@ from dit.evaluation.clips import RULES, Clip, clips_of, splits_of
 from dit.evaluation.metrics import Batch, Metric, build_metrics
 from dit.evaluation.pictures import contact_sheet
 from dit.evaluation.results import Results, table
-from dit.runs import Encoders, TrainedRun, make_folder
+from dit.runs import TrainedRun, make_folder
 from dit.runtime import distributed
 
 SHOWN = 12
@@ -175,7 +175,7 @@ def _judge(
     run: EvaluateRun, index: int, name: str, opened: Opened, metrics: Sequence[Metric], splits: Sequence[Split], folder: Path
 ) -> dict[str, object]:
     trained, sampling, size = opened.trained, opened.sampling, _size(run)
-    encoders = Encoders.load(trained.base.encoders, distributed.device())
+    encoders = trained.encoders()
     backbone = opened.network(encoders, run.weights)
     keys = sample_keys(run.seed, run.samples)
     parts = _parts(run)

@@ -16,7 +16,7 @@ from dit.config.engine import EngineConfig
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Outcome
 from dit.engine.loop import accumulate
-from dit.runs import Encoders, TrainedRun
+from dit.runs import TrainedRun
 from dit.runtime import distributed
 from dit.stream import Stream
 
@@ -49,7 +49,7 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
     trained = TrainedRun.open(path, "RUN")
     distributed.init()
     run: Any = _alone(trained.run)
-    encoders = Encoders.load(trained.base.encoders, distributed.device())
+    encoders = trained.encoders()
     stream = Stream(run.data or trained.base.data, encoders, trained.base.backbone, run.train.seed)
     if isinstance(run, DistillRun):
         engine, losses_of, _ = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)

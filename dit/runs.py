@@ -1,6 +1,6 @@
 """Run directories: opening one for writing, reading one that exists, and the networks inside it.
 
-config.resolved.yaml  env.json  command.txt  [teacher.resolved.yaml]  data.txt  metrics.jsonl  status.json
+config.resolved.yaml  encoders.json  env.json  command.txt  [teacher.resolved.yaml]  data.txt  metrics.jsonl  status.json
 checkpoints/  samples/  tensorboard/
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.config import Section
-from data_pipelines.config_file import load_run, save_resolved
+from data_pipelines.config_file import load_run, replace_file, save_resolved
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Grid
 from dit.config import Contestant, DistillRun, TrainRun
@@ -52,6 +52,8 @@ FREE_KEYS = (
     "data.cache",
     "method.critic.optimizer",
 )
+ENCODERS_FILE = "encoders.json"
+"""In a run directory: fingerprints of the encoders that its weights were trained with."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Encoders:
         text = build_text_encoder(config.text, device)
         latents = build_latent_codec(config.latents, device)
         return cls(text, latents, text.encode([""])[0])
+
+    def fingerprints(self) -> dict[str, Mapping[str, object]]:
+        """What both are, as JSON."""
+        return {"latents": self.latents.fingerprint(), "text": self.text.fingerprint()}
 
     def latent_size(self, size: Grid, key: str) -> Grid:
         """Frames, height, width of the latents of a video of `size`. Raises UserError that names `key`, where the size was given."""
@@ -100,6 +106,12 @@ class TrainedRun:
             return cls(folder, student, teacher.model_copy(update={"backbone": backbone}))
         run = load_run(TrainRun, str(resolved))
         return cls(folder, run, run)
+
+    def encoders(self) -> Encoders:
+        """The encoders that its weights were trained with, on this process's device. Raises UserError if the files are others now."""
+        encoders = Encoders.load(self.base.encoders, distributed.device())
+        _check_encoders(self.path, encoders)
+        return encoders
 
     def sampling_for(self, contestant: Contestant, section: str = "contestants.") -> SamplingConfig:
         """The sampler that `contestant` asks for, else this run's own. section: where its keys stand in the config.
@@ -160,7 +172,7 @@ def null_label(base: TrainRun) -> int | None:
     return base.backbone.num_classes
 
 
-def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: str) -> Path:
+def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: str, encoders: Encoders) -> Path:
     """Make the run directory, or check that the one which exists belongs to the same run; record config, versions and command.
 
     description: what will be trained on, printed and kept as data.txt. Until the first checkpoint a run has nothing that another
@@ -174,11 +186,13 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
         distributed.on_first(lambda: _bring_from_store(run))
     if resolved.is_file() and durable.published(folder / "checkpoints"):
         _refuse_another_run(load_run(type(run), str(resolved)), run, folder, "out")
+        _check_encoders(folder, encoders)
     distributed.barrier()  # every rank has read the old config before one writes the new
     if distributed.rank() == 0:
         for name in ("checkpoints", "samples", "tensorboard"):
             (folder / name).mkdir(exist_ok=True)
         save_resolved(run, resolved)
+        replace_file(folder / ENCODERS_FILE, json.dumps(encoders.fingerprints(), indent=1) + "\n")
         if isinstance(run, DistillRun):
             save_resolved(base, folder / "teacher.resolved.yaml")
         (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n")
@@ -186,6 +200,23 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
         print(description, flush=True)
         (folder / "env.json").write_text(json.dumps(_environment(), indent=1) + "\n")
     return folder
+
+
+def _check_encoders(folder: Path, encoders: Encoders) -> None:
+    """Raise UserError unless the run in `folder` was trained with `encoders`. A run of an earlier release does not say."""
+    file = folder / ENCODERS_FILE
+    try:
+        made = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): delete it if the encoders of this run are what they were") from error
+    for part, then in made.items():
+        now = encoders.fingerprints()[part]
+        for field in sorted(then.keys() | now.keys()):
+            if then.get(field) != now.get(field):
+                raise UserError(
+                    f"{folder} was trained with another encoder: {part}.{field} was {then.get(field)} and is {now.get(field)} now. "
+                    f"Give back what encoders.{part} of its config names, or name a copy of it in {folder}/config.resolved.yaml"
+                )
 
 
 def _bring_from_store(run: TrainRun | DistillRun) -> None:

@@ -16,7 +16,7 @@ from dit.config.editing import Extend
 from dit.drawing import Opened, check_request, draw, sample_keys, told_apart, visited
 from dit.editing import Edit, check_edit, extend, read_edit
 from dit.evaluation.pictures import contact_sheet, write_video_grid
-from dit.runs import Encoders, make_folder
+from dit.runs import make_folder
 from dit.runtime import distributed
 
 FPS = 8.0
@@ -61,7 +61,7 @@ def _traits(opened: Opened) -> list[str]:
 def _draw(run: SampleRun, opened: Opened) -> Tensor:
     """Its videos (B, T, H, W, 3) uint8."""
     trained, sampling = opened.trained, opened.sampling
-    encoders = Encoders.load(trained.base.encoders, distributed.device())
+    encoders = trained.encoders()
     check_request(encoders, trained.base, run.prompts, run.labels, run.size, "")
     edit = None if run.edit is None else read_edit(run.edit, run.size, encoders)
     if edit is not None and not isinstance(run.edit, Extend):

@@ -22,7 +22,7 @@ def main(run: TrainRun) -> int:
     distributed.init(run.engine.sequence_parallel)
     encoders = Encoders.load(run.encoders, distributed.device())
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
-    folder = open_for_writing(run, run, stream.describe(run.train.samples))
+    folder = open_for_writing(run, run, stream.describe(run.train.samples), encoders)
     engine, losses_of = compose(run, encoders, stream)
 
     def held_out(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:

@@ -29,7 +29,10 @@ from launch.watch import Patience, Watch, slurm_job
 
 POLL_SECONDS = 0.1
 STACKS_SECONDS = 1.0
+CLEARING_SECONDS = 5.0
 LOOK_SECONDS = 0.5
+APART_SECONDS = 10.0
+"""Before a start after one in which the processes did not meet: a node may be on its way."""
 PARTING_SECONDS = 2.0
 """Between the failure of one process and the end of the others, which may have their own reason to tell."""
 
@@ -69,6 +72,8 @@ class Supervisor:
                 return verdict.code
             if verdict.action == "requeue":
                 return self._requeue(verdict)
+            if not attempts[-1].met:
+                self._pause(APART_SECONDS)
 
     def _attempt(self) -> tuple[int, str | None]:
         """Start the command, watch it to its end; its exit code, and why it was ended if it was."""
@@ -129,10 +134,19 @@ class Supervisor:
         watch.look()
         began = [pulse["first_step"] for pulse in watch.pulses.values() if pulse["first_step"] is not None]
         reached = [pulse["step"] for pulse in watch.pulses.values() if pulse["step"] is not None]
-        attempt = Attempt(self.job, min(began, default=None), max(reached, default=None), code, watch.slowest, reason, self.asked)
+        met = self.processes > 0 or bool(watch.pulses)
+        attempt = Attempt(self.job, min(began, default=None), max(reached, default=None), code, watch.slowest, reason, self.asked, met)
         record(self.run, attempt)
-        shutil.rmtree(self.folder)
+        end = time.monotonic() + CLEARING_SECONDS
+        while self.folder.exists() and time.monotonic() < end:  # a rank on another node may still be writing
+            shutil.rmtree(self.folder, ignore_errors=True)
+            time.sleep(0.05 if self.folder.exists() else 0.0)
         return attempt
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.asked:
+            time.sleep(POLL_SECONDS)
 
     def _status(self) -> dict[str, Any]:
         path = self.run / "status.json"

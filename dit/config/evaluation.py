@@ -78,7 +78,7 @@ class KernelConfig(FeatureMetric):
     """Kernel distance (KID) to the reference clips: unbiased at any number of samples."""
 
     name: Literal["kernel"]
-    subset: Annotated[int, Field(ge=2)] = 1000
+    subset: Annotated[int, Field(ge=8)] = 1000
     """Samples compared at once; bounds memory."""
 
 

@@ -150,7 +150,9 @@ def _load(config: DiffusersVAEConfig) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise UserError("encoders.latents.name: diffusers needs the diffusers library: pip install 'dit[hf]'") from error
+        raise UserError(
+            "encoders.latents.name: diffusers needs the extra hf: pip install -c constraints.txt -e '.[hf]' in the project's folder"
+        ) from error
     local = Path(config.path).expanduser().exists()
     path = str(Path(config.path).expanduser()) if local else config.path
     where: dict[str, Any] = {"subfolder": config.subfolder, "local_files_only": local}

@@ -4,7 +4,6 @@ Knows no tensors of the model and takes no decisions.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +11,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from data_pipelines.config_file import replace_file
 from dit.engine.durable import naming
 
 
@@ -144,9 +144,5 @@ def _lines_until(path: Path, step: int) -> list[str]:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with naming(path), temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with naming(path):
+        replace_file(path, text)

@@ -26,7 +26,17 @@ from dit.engine import durable
 
 log = logging.getLogger(__name__)
 CONFIG = "config.resolved.yaml"
-RECORDS = (CONFIG, "teacher.resolved.yaml", "env.json", "command.txt", "data.txt", "metrics.jsonl", "bad_samples.jsonl", "status.json")
+RECORDS = (
+    CONFIG,
+    "teacher.resolved.yaml",
+    "encoders.json",
+    "env.json",
+    "command.txt",
+    "data.txt",
+    "metrics.jsonl",
+    "bad_samples.jsonl",
+    "status.json",
+)
 
 
 class Store:

@@ -3,10 +3,12 @@
 Knows nothing of videos, networks or diffusion.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from dit.runtime.figures import Figure, mean_figure, rate_figure
+from dit.runtime.figures import Figure, jackknife_figure, mean_figure, rate_figure
 
 
 def frechet(x: Tensor, y: Tensor) -> float:
@@ -21,22 +23,33 @@ def frechet(x: Tensor, y: Tensor) -> float:
     return float((x.mean(0) - y.mean(0)).square().sum() + spread)
 
 
-def frechet_unbiased(x: Tensor, y: Tensor) -> float:
+Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
+"""Between two sets of samples, each in the parts that the distance wants."""
+
+
+def distance_figure(distance: Distance, x: Tensor, y: Tensor, parts: int, repeats: int) -> Figure:
+    """`distance` of both sets in so many interleaved parts, with its interval. The parts keep their members when some are left out, else
+    every replicate would be of other parts. repeats: successive samples of one caption, which stay together."""
+
+    def of(i: Tensor, j: Tensor) -> float:
+        return distance(*([z[kept[kept % parts == part]] for part in range(parts)] for z, kept in ((x, i), (y, j))))
+
+    return jackknife_figure(of, torch.arange(len(x)), torch.arange(len(y)), unit=repeats)
+
+
+def frechet_unbiased(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
     """`frechet` extrapolated to infinitely many samples: its bias falls as 1/N (Chong & Forsyth 2020, arXiv:1911.07023).
 
-    A line in 1/N through all samples and the mean of their even and odd halves; around zero the result may be negative.
+    A line in 1/N through all samples and the mean of their two halves; around zero the result may be negative.
     """
-    halves = (frechet(x[::2], y[::2]) + frechet(x[1::2], y[1::2])) / 2
-    return 2 * frechet(x, y) - halves
+    of_halves = sum(frechet(x, y) for x, y in zip(xs, ys, strict=True)) / 2
+    return 2 * frechet(torch.cat([*xs]), torch.cat([*ys])) - of_halves
 
 
-def kernel_distance(x: Tensor, y: Tensor, subset: int) -> float:
-    """Unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3 (KID; Bińkowski et al. 2018, arXiv:1801.01401, eq. 4).
-
-    The mean over disjoint, interleaved subsets of at most `subset` samples of each set.
-    """
-    parts = max(1, -(-max(len(x), len(y)) // subset))
-    return sum(_mmd(x[i::parts].double(), y[i::parts].double()) for i in range(parts)) / parts
+def kernel_distance(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> float:
+    """Unbiased squared maximum mean discrepancy, kernel (x.y / D + 1)^3 (KID; Bińkowski et al. 2018, arXiv:1801.01401, eq. 4): the mean
+    over disjoint parts of both sets, which bound its memory."""
+    return sum(_mmd(x.double(), y.double()) for x, y in zip(xs, ys, strict=True)) / len(xs)
 
 
 def _mmd(x: Tensor, y: Tensor) -> float:

@@ -5,7 +5,7 @@ Metrics with the same features share their rows. Knows nothing of diffusion.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import assert_never
 
@@ -17,7 +17,7 @@ from data_pipelines.moving_shapes import parse
 from dit.config import evaluation as config
 from dit.evaluation import distances, moving_shapes, pixels
 from dit.evaluation.features import ClipScore, Facts, Features, build_features, of_frames
-from dit.runtime.figures import Figure, jackknife_figure, mean_figure, rate_figure
+from dit.runtime.figures import Figure, clustered_rate, jackknife_figure, mean_figure
 
 Figures = dict[str, Figure]
 Rows = Callable[["Batch"], Tensor | None]
@@ -67,11 +67,16 @@ def _build(one: config.Metric, features: Callable[..., Features], rows: Callable
         case config.PositionsConfig():
             return Metric(one.name, _position_rows, _position_figures, {"version": 1})
         case config.FrechetConfig():
-            distance = distances.frechet_unbiased if one.extrapolate else distances.frechet
-            return of_sets(lambda x, y, repeats: {"": jackknife_figure(distance, x, y)})
+            if one.extrapolate:
+                return of_sets(lambda x, y, repeats: {"": distances.distance_figure(distances.frechet_unbiased, x, y, 2, repeats)})
+            return of_sets(lambda x, y, repeats: {"": jackknife_figure(distances.frechet, x, y, unit=repeats)})
         case config.KernelConfig():
-            kernel = partial(distances.kernel_distance, subset=one.subset)
-            return of_sets(lambda x, y, repeats: {"": jackknife_figure(kernel, x, y)})
+            size = one.subset
+            return of_sets(
+                lambda x, y, repeats: {
+                    "": distances.distance_figure(distances.kernel_distance, x, y, -(-max(len(x), len(y)) // size), repeats)
+                }
+            )
         case config.PrecisionRecallConfig():
             return of_sets(lambda x, y, _: dict(zip(("/precision", "/recall"), distances.precision_recall(x, y, one.k))))
         case config.DiversityConfig():
@@ -102,7 +107,7 @@ def _facts(one: config.FeatureMetric, features: Features) -> Facts:
 
 
 def _means(*names: str) -> Callable[[Tensor, Tensor, int], Figures]:
-    return lambda rows, reference, repeats: {name: mean_figure(rows[:, i]) for i, name in enumerate(names)}
+    return lambda rows, reference, repeats: {name: mean_figure(rows[:, i], repeats) for i, name in enumerate(names)}
 
 
 def _temporal_rows(one: config.TemporalConfig, features: Features) -> Callable[[Batch], Tensor]:
@@ -132,8 +137,9 @@ def _adherence_rows(batch: Batch) -> Tensor:
 
 
 def _adherence_figures(rows: Tensor, reference: Tensor, repeats: int) -> Figures:
-    summary = moving_shapes.summarise([moving_shapes.Adherence(*map(bool, row[:-1])) for row in rows.tolist()])
-    return {f"/{name}": rate_figure(summary[name], len(rows)) for name in ("mean", *_ADHERENCE)}
+    columns = dict(zip(_ADHERENCE, rows.unbind(1), strict=True))
+    columns = {"mean": torch.stack([columns[name] for name in moving_shapes.MEANT]).mean(0), **columns}
+    return {f"/{name}": clustered_rate(column, repeats) for name, column in columns.items()}
 
 
 def _position_rows(batch: Batch) -> Tensor:

@@ -61,6 +61,10 @@ class Observation:
     local_residual: float  # the same, over the square around the shape
 
 
+MEANT = ("shape", "colour", "direction", "speed")
+"""What the mean adherence is of."""
+
+
 @dataclass(frozen=True)
 class Adherence:
     """Which parts of the caption a video fulfils, and whether it is a clean picture in smooth motion."""
@@ -270,5 +274,5 @@ def summarise(adherences: Sequence[Adherence]) -> dict:
         raise ValueError("got no clips to summarise")
     names = [field.name for field in fields(Adherence)] + ["all"]
     rates = {name: float(np.mean([getattr(adherence, name) for adherence in adherences])) for name in names}
-    rates["mean"] = float(np.mean([rates[name] for name in ("shape", "colour", "direction", "speed")]))
+    rates["mean"] = float(np.mean([rates[name] for name in MEANT]))
     return {**rates, "count": len(adherences)}

@@ -171,7 +171,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout) -> Tenso
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        fix = "`pip install dit[xformers]` (its kernels come from the package mslk), or set the key to sdpa"
+        fix = "`pip install -c constraints.txt -e '.[xformers]'` in the project's folder, or set the key to sdpa"
         raise UserError(f"backbone.attention_backend: xformers cannot be imported ({error}); {fix}") from error
     if 0 in layout.key_lengths:
         raise UserError("backbone.attention_backend: xformers needs at least one text token a sample, one has none; set the key to sdpa")

@@ -28,7 +28,7 @@ from tests.launch.slurm import WHY_NOT, Cluster
 from tests.processes import ENVIRONMENT, wait_for
 
 CLIPS = ("--clips", "320", "--shard-samples", "20")
-no_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray: pip install 'dit[ray]'")
+no_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray: the extra ray is not installed")
 
 
 def command(*arguments: object) -> "subprocess.Popen[str]":

@@ -94,7 +94,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, folder, cap
     (folder / "m.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)  # what Python itself does with a module that cannot be had
     assert main(["ingest", str(folder / "m.parquet"), str(tmp_path / "out")]) == 2
-    assert "pip install 'dit[curate]'" in capsys.readouterr().err
+    assert "pip install -c constraints.txt -e '.[curate]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "scenedetect", None)
     assert main(["ingest", str(folder), str(tmp_path / "out"), "scenes={}"]) == 2
     assert "needs the package scenedetect" in capsys.readouterr().err

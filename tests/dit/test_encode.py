@@ -127,7 +127,7 @@ def test_an_array_makes_the_cache_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray: pip install 'dit[ray]'")
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no ray: the extra ray is not installed")
 def test_ray_makes_the_cache_of_one_process(encode_config: Path, latents: Path, tmp_path: Path) -> None:
     assert "RAY_ADDRESS" not in os.environ
     python_m("dit", "encode", str(encode_config), f"out={tmp_path}", "executor.name=ray", "executor.tasks=2", "num_workers=1").ok()

@@ -1,8 +1,10 @@
 """What follows from how a run ended."""
 
+from pathlib import Path
+
 import pytest
 
-from launch.attempts import Attempt, decide, failures_in_a_row
+from launch.attempts import APART, Attempt, decide, failures_in_a_row, record, recorded
 
 
 def history(*ends: tuple[int | None, int | None]) -> list[Attempt]:
@@ -49,3 +51,22 @@ def test_a_preemption_before_the_first_step_is_no_failure_but_one_without_a_save
 def test_what_to_do(code: int, state: str | None, asked: str | None, action: str, exit_code: int) -> None:
     verdict = decide([Attempt("job", 0, 9, code, asked=asked)], state, 3)
     assert (verdict.action, verdict.code) == (action, exit_code)
+
+
+def test_processes_that_do_not_meet_are_waited_for_but_not_for_ever() -> None:
+    """The node that all meet at is away for minutes: no sign that the run itself would fail again."""
+    failed, apart = Attempt("job", 0, 9, 1), Attempt("job", None, None, 1, met=False)
+    assert failures_in_a_row([failed, *[apart] * 9, failed]) == 2
+    assert decide([failed, *[apart] * (APART - 1)], "running", 3).action == "restart"
+    verdict = decide([failed, *[apart] * APART], "running", 3)
+    assert (verdict.action, verdict.code) == ("finish", 93)
+    assert decide([*[apart] * APART, failed], "running", 3).action == "restart"
+
+
+def test_a_line_that_was_cut_off_or_is_of_another_release_costs_itself_alone(tmp_path: Path) -> None:
+    first, last = Attempt("job", 0, 9, 1), Attempt("job", 9, 12, 0)
+    record(tmp_path, first)
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"job": "job", "mood": "good"}\n{"job": "jo')
+    record(tmp_path, last)
+    assert recorded(tmp_path) == [first, last]

@@ -116,6 +116,21 @@ def test_a_full_disk_is_no_reason_never_to_start_again(tmp_path: Path) -> None:
     assert subprocess.run(command, env=ENVIRONMENT, check=False, capture_output=True, timeout=60).returncode == 75
 
 
+def test_processes_that_do_not_meet_are_started_until_they_do(tmp_path: Path) -> None:
+    """The launcher fails until the other node is there, more often than the run itself may fail; then the command is what it was."""
+    script = 'if [ "$(wc -l < "$2" 2>/dev/null || echo 0)" -lt 4 ]; then exit 1; fi; shift 2; exec "$@"'
+    program = [sys.executable, COUNTING, str(tmp_path), "4", "0.02"]
+    command = ["sh", "-c", script, "sh", "-", str(tmp_path / "attempts.jsonl"), *program]
+    supervisor = "import launch.supervise as s, sys; s.APART_SECONDS = 0.1; sys.exit(s.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", supervisor, "--run", str(tmp_path), "--", *command],
+        env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no rank was started, 4 of 30 times in a row" in done.stderr
+    assert [(attempt["code"], attempt["met"]) for attempt in attempts(tmp_path)] == [(1, False)] * 4 + [(0, True)]
+
+
 @pytest.mark.slow
 def test_a_machine_that_slept_blames_nobody(tmp_path: Path) -> None:
     process = supervise(tmp_path, "--processes", "2", "--frozen", "4", "--stalled", "3", total=25, seconds=0.1)

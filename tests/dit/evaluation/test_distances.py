@@ -1,17 +1,34 @@
 """Distances between sets against closed forms, invariances, and controls that must come out worse."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dit.evaluation.distances import frechet, frechet_unbiased, kernel_distance, pairwise, precision_recall, uniformity
-from dit.runtime.figures import jackknife_figure
+from dit.evaluation.distances import (
+    distance_figure,
+    frechet,
+    frechet_unbiased,
+    kernel_distance,
+    pairwise,
+    precision_recall,
+    uniformity,
+)
+from dit.runtime.figures import student
 
 
 def normal(count: int, width: int, seed: int) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def extrapolated(x: Tensor, y: Tensor) -> float:
+    return frechet_unbiased([x[::2], x[1::2]], [y[::2], y[1::2]])
+
+
+def kernel(x: Tensor, y: Tensor, parts: int) -> float:
+    return kernel_distance([x[i::parts] for i in range(parts)], [y[i::parts] for i in range(parts)])
 
 
 def with_moments(count: int, mean: Tensor, root: Tensor, seed: int = 0) -> Tensor:
@@ -50,7 +67,7 @@ def test_frechet_invariances_and_fewer_samples_than_features() -> None:
 def test_extrapolation_removes_the_bias_that_falls_as_one_over_n() -> None:
     pairs = [(normal(200, 8, 2 * seed), normal(200, 8, 2 * seed + 1)) for seed in range(60)]
     plain = torch.tensor([frechet(x, y) for x, y in pairs])
-    unbiased = torch.tensor([frechet_unbiased(x, y) for x, y in pairs])
+    unbiased = torch.tensor([extrapolated(x, y) for x, y in pairs])
     error = float(unbiased.std()) / 60**0.5
     assert float(plain.mean()) > 0.1  # equal distributions
     assert abs(float(unbiased.mean())) < 3 * error + 0.005
@@ -62,14 +79,14 @@ def test_kernel_distance_of_gaussians_is_its_expectation() -> None:
     mean, std = 0.5, 0.8
     moments = (mean, mean**2 + std**2, mean**3 + 3 * mean * std**2)
     expected = 3 * moments[0] ** 2 + 3 * (moments[1] - 1) ** 2 + moments[2] ** 2
-    values = torch.tensor([kernel_distance(normal(300, 1, 2 * s), mean + std * normal(200, 1, 2 * s + 1), 100) for s in range(100)])
+    values = torch.tensor([kernel(normal(300, 1, 2 * s), mean + std * normal(200, 1, 2 * s + 1), 3) for s in range(100)])
     assert float(values.mean()) == pytest.approx(expected, abs=3 * float(values.std()) / 10)
     assert float(values.std()) / 10 < 0.1 * expected
 
 
 def test_kernel_distance_of_equals_is_zero_in_the_mean_at_any_size() -> None:
-    for count, subset in ((20, 1000), (60, 30)):
-        values = torch.tensor([kernel_distance(normal(count, 4, 2 * s), normal(count, 4, 2 * s + 1), subset) for s in range(300)])
+    for count, parts in ((20, 1), (60, 2)):
+        values = torch.tensor([kernel(normal(count, 4, 2 * s), normal(count, 4, 2 * s + 1), parts) for s in range(300)])
         assert abs(float(values.mean())) < 3 * float(values.std()) / 300**0.5
         assert (values < 0).any()
 
@@ -77,7 +94,7 @@ def test_kernel_distance_of_equals_is_zero_in_the_mean_at_any_size() -> None:
 def test_kernel_distance_by_hand() -> None:
     x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [-1.0]])
     # pairs of x: (2 + 1)^3 = 27; of y: (0 + 1)^3 = 1; between: 1, 0 (1 - 1), 1, (-2 + 1)^3 = -1, mean 1/4
-    assert kernel_distance(x, y, 10) == pytest.approx(27 + 1 - 2 * 0.25)
+    assert kernel(x, y, 1) == pytest.approx(27 + 1 - 2 * 0.25)
 
 
 def test_precision_and_recall_of_constructed_sets() -> None:
@@ -102,7 +119,7 @@ def test_precision_and_recall_of_constructed_sets() -> None:
 def test_every_distance_grows_with_the_noise() -> None:
     reference, clean, noise = normal(300, 6, 1), normal(300, 6, 2), normal(300, 6, 3)
     levels = [clean + level * noise for level in (0.0, 1.0, 2.0, 4.0)]
-    for distance in (frechet, frechet_unbiased, lambda a, b: kernel_distance(a, b, 200), lambda a, b: -precision_recall(a, b, 3)[0].value):
+    for distance in (frechet, extrapolated, lambda a, b: kernel(a, b, 2), lambda a, b: -precision_recall(a, b, 3)[0].value):
         values = [distance(level, reference) for level in levels]
         assert values == sorted(values)
         assert values[-1] > values[0]
@@ -112,11 +129,26 @@ def test_the_interval_of_a_frechet_distance_holds_the_truth() -> None:
     # N(0, I) and N(1, I) in 4 dimensions: 4. Extrapolated, over independent draws.
     hits = 0
     for seed in range(40):
-        figure = jackknife_figure(frechet_unbiased, normal(120, 4, 2 * seed), normal(120, 4, 2 * seed + 1) + 1)
+        figure = distance_figure(frechet_unbiased, normal(120, 4, 2 * seed), normal(120, 4, 2 * seed + 1) + 1, 2, 1)
         assert figure.low is not None
         assert figure.high is not None
         hits += figure.low <= 4 <= figure.high
     assert hits >= 34  # binomial of 40 at 0.95: 38 +- 1.4
+
+
+@pytest.mark.parametrize(("distance", "parts"), [(frechet_unbiased, 2), (kernel_distance, 3)])
+@pytest.mark.parametrize(("count", "repeats"), [(144, 1), (145, 1), (160, 1), (144, 4)])
+def test_the_interval_of_a_distance_in_parts_is_as_wide_as_it_varies(distance: Any, parts: int, count: int, repeats: int) -> None:
+    """Whatever the number of samples: parts must keep their members when some are left out, and clips of a caption stay together."""
+
+    def clips(seed: int) -> Tensor:
+        own = normal(count // repeats, 6, seed).repeat_interleave(repeats, 0)
+        return own if repeats == 1 else 0.9**0.5 * own + 0.1**0.5 * normal(count, 6, seed + 10_000)
+
+    figures = [distance_figure(distance, clips(2 * seed), clips(2 * seed + 1) + 0.5, parts, repeats) for seed in range(60)]
+    true = student(min(20, count // repeats) - 1) * float(torch.tensor([figure.value for figure in figures]).std())
+    told = float(torch.tensor([(figure.high or 0) - figure.value for figure in figures]).square().mean().sqrt())
+    assert 0.75 < told / true < 1.5
 
 
 def test_pairwise_is_within_captions_only() -> None:

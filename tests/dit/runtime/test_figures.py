@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dit.runtime.figures import Figure, jackknife_figure, mean_figure, rate_figure, student
+from dit.runtime.figures import Figure, clustered_rate, jackknife_figure, mean_figure, rate_figure, student
 
 
 def test_wilson_intervals_match_published_values() -> None:
@@ -32,6 +32,38 @@ def test_a_mean_has_its_interval() -> None:
     half = 4.3027 / 3**0.5
     assert (figure.value, figure.low, figure.high, figure.count) == (2.0, pytest.approx(2 - half), pytest.approx(2 + half), 3)
     assert mean_figure(torch.tensor([5.0])) == Figure(5.0, None, None, 1)
+
+
+def test_values_of_one_caption_count_once() -> None:
+    values = torch.tensor([1.0, 1.2, 2.0, 1.8, 3.0, 3.2])
+    alone, together = mean_figure(torch.tensor([1.1, 1.9, 3.1])), mean_figure(values, 2)
+    assert (together.low, together.high, together.count) == (pytest.approx(alone.low), pytest.approx(alone.high), 6)
+    assert mean_figure(values, 6).low is None
+
+
+def test_a_rate_of_clips_that_are_alike_has_the_interval_of_as_many_captions() -> None:
+    right = torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 1, 1, 0] * 4)
+    alike = clustered_rate(right.repeat_interleave(4), 4)
+    assert (alike.low, alike.high) == pytest.approx((rate_figure(0.7, 40).low, rate_figure(0.7, 40).high), abs=2e-3)
+    assert alike.count == 160
+    assert clustered_rate(right, 1) == rate_figure(0.7, 40)
+    apart = clustered_rate((torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.7).float(), 4)
+    assert apart.high is not None
+    assert apart.low is not None
+    assert apart.high - apart.low == pytest.approx(2 * 1.96 * (0.21 / 4000) ** 0.5, rel=0.1)
+    assert clustered_rate(torch.ones(40), 4) == rate_figure(1.0, 40)
+
+
+def test_the_jackknife_leaves_captions_whole() -> None:
+    x = torch.randn(60, generator=torch.Generator().manual_seed(0)).double().repeat_interleave(4)
+    figure = jackknife_figure(lambda a: float(a.mean()), x, unit=4)
+    means = x[::4].view(20, 3).mean(1)
+    assert figure.high is not None
+    assert figure.high - figure.value == pytest.approx(student(19) * float(means.var() / 20) ** 0.5)
+    few = jackknife_figure(lambda a: float(a.mean()), x[:40], unit=8)
+    assert few.high is not None
+    assert few.high - few.value == pytest.approx(student(4) * float(x[:40].view(5, 8).mean(1).var() / 5) ** 0.5)
+    assert jackknife_figure(lambda a: float(a.mean()), x[:40], unit=40).low is None
 
 
 def test_the_jackknife_of_a_difference_of_means_is_its_standard_error() -> None:
