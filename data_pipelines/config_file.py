@@ -28,19 +28,29 @@ class ConfigError(UserError):
 
 def load_run(root: type[Run], path: str | None, overrides: Sequence[str] = ()) -> Run:
     """Read, merge and validate the run in `path` (None: overrides alone). Raises ConfigError that lists every problem with its place."""
-    values, places = ({}, {}) if path is None else _read_with_base(Path(path))
+    values, places = _read_values(path, overrides)
     path = path or "the command line"
-    for override in overrides:
-        _apply_override(values, places, override)
     try:
         return root.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_report(root, path, places, error)) from None
 
 
+def read_values(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What is in the YAML file `path`, its base and the overrides, of whatever kind of run. Raises ConfigError if it cannot be read."""
+    return _read_values(path, overrides)[0]
+
+
+def _read_values(path: str | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[Location, str]]:
+    values, places = ({}, {}) if path is None else _read_with_base(Path(path))
+    for override in overrides:
+        _apply_override(values, places, override)
+    return values, places
+
+
 def has_section(path: str, name: str) -> bool:
     """Whether the YAML file `path`, or its base, has a section `name`. Raises ConfigError if it cannot be read."""
-    return name in _read_with_base(Path(path))[0]
+    return name in read_values(path)
 
 
 def save_resolved(run: BaseModel, path: Path) -> None:

@@ -2,19 +2,23 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from data_pipelines.errors import NoValidCheckpoint, UserError
 from data_pipelines.progress import track
-from dit.config import known_weights
+from dit.config import DistillRun, known_weights
+from dit.config.objective import ObjectiveConfig
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
-from dit.interop.wan import channels_of, diffusers_config, to_diffusers
+from dit.interop.wan import channels_of, diffusers_config, original_config, to_diffusers, to_original, unlike_comfyui
 from dit.runs import TrainedRun, make_folder
 from dit.runtime.lease import lock_for_writing
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,18 +35,19 @@ def main(argv: Sequence[str]) -> int:
         case "prune":
             return _prune(root, arguments.keep, arguments.every)
         case _:
-            return _export(arguments.run, arguments.step, arguments.weights, arguments.format, arguments.out)
+            return _export(arguments)
 
 
 def _list(root: Path) -> int:
     for step in durable.published(root):
         folder = durable.step_folder(root, step)
-        size = sum(path.stat().st_size for path in folder.iterdir())
         try:
+            size = sum(path.stat().st_size for path in folder.iterdir())
             state = json.loads((folder / "state.json").read_text())
             made = f"{state['samples_seen']} samples, {state['world_size']} ranks, ZeRO stage {state['zero_stage']}"
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            made = f"unreadable: {error}"
+            print(f"step {step}  unreadable: {error}")
+            continue
         print(f"step {step}  {size / 2**20:.1f} MiB  {made}")
     return 0
 
@@ -68,20 +73,45 @@ def _prune(root: Path, keep: int, every: int | None) -> int:
     return 0
 
 
-def _export(run: str, step: int | None, weights: str, layout: str, out: str) -> int:
+def _export(arguments: argparse.Namespace) -> int:
+    run, layout, weights = arguments.run, arguments.format, arguments.weights
     trained = TrainedRun.open(run, "RUN")
-    state = load_weights(trained.path, step, weights)
-    folder = make_folder(out, "--out")
+    config, objective = trained.base.backbone, trained.base.objective
+    if layout != "safetensors":
+        _check_velocity(objective)
+    state = {name: tensor.to(DTYPES[arguments.dtype]) for name, tensor in load_weights(trained.path, arguments.step, weights).items()}
+    folder = make_folder(arguments.out, "--out")
     if layout == "safetensors":
         save_file(state, folder / "model.safetensors")
     else:
-        config = trained.base.backbone
-        width = state["text_embedder.0.weight"].shape[1]
-        fields = diffusers_config(config, channels=channels_of(state, config), text_width=width)
-        save_file(to_diffusers(state, config), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        sizes = {"channels": channels_of(state, config), "text_width": state["text_embedder.0.weight"].shape[1]}
+        to_layout, fields_of = (to_diffusers, diffusers_config) if layout == "diffusers" else (to_original, original_config)
+        fields = fields_of(config, **sizes)
+        save_file(to_layout(state, config), folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+        for note in _notes(trained, layout, sizes):
+            print(f"note: {note}")
     print(f"wrote {weights} of {run} to {folder}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.2f} M parameters")
     return 0
+
+
+def _check_velocity(objective: ObjectiveConfig) -> None:
+    """Raise UserError unless the network itself answers with the velocity of rectified flow, as Wan's does."""
+    path, prediction = getattr(objective, "path", None), getattr(objective, "prediction", None)
+    if (getattr(path, "name", None), prediction) != ("rectified_flow", "velocity"):
+        what = f"objective.name={objective.name}, path={getattr(path, 'name', 'of its own')}, prediction={prediction}"
+        raise UserError(f"{what}: Wan's pipelines take the velocity of rectified flow; --format safetensors takes every model")
+
+
+def _notes(trained: TrainedRun, layout: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    """What whoever loads the file must know."""
+    if getattr(trained.base.encoders.text, "pad", None) != "zeros_to_max_unmasked":
+        yield "Wan's pipelines pad captions with zeros and attend to them; this model was trained without: give it prompt_embeds of its own"
+    if isinstance(trained.run, DistillRun):
+        sampling = trained.sampling
+        yield f"a student: {sampling.sampler} sampler, {sampling.steps} steps, no guidance"
+    if layout == "wan" and (unlike := unlike_comfyui(trained.base.backbone, **sizes)):
+        yield f"ComfyUI takes other sizes for granted and will not load it: {'; '.join(unlike)}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--weights", type=_weights, default="ema", help="ema, model, or sigma_rel=S, see ema.sigma_rel (default: %(default)s)"
     )
-    export.add_argument("--format", choices=("safetensors", "diffusers"), default="safetensors", help="diffusers: a WanTransformer3DModel")
+    layouts = "diffusers: a WanTransformer3DModel; wan: the names of Wan's own code, which ComfyUI reads (default: %(default)s)"
+    export.add_argument("--format", choices=("safetensors", "diffusers", "wan"), default="safetensors", help=layouts)
+    export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights written (default: %(default)s)")
     return parser
 
 

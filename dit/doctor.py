@@ -15,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from packaging.requirements import Requirement
 
 from data_pipelines import remote, storage
+from data_pipelines.config_file import read_values
 from data_pipelines.errors import UserError
 from dit.runtime.meeting import meet
 
@@ -41,11 +41,12 @@ def main(argv: Sequence[str]) -> int:
     """Print every item of the first rank, and what is bad on the others; returns 0 if all are well, else 1."""
     parser = argparse.ArgumentParser(prog="dit doctor", description=__doc__, epilog="under torchrun or srun: all ranks and their network")
     parser.add_argument("config", nargs="?", help="YAML file of a run, whose folders are checked too")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of it")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds that ranks may be apart in starting (default: %(default)s)")
     options = parser.parse_args(argv)
-    config = options.config
+    config: str | None = options.config
     is_first_here = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
-    items = [*_packages(), *_machine(), *_folders(config)] if is_first_here else []
+    items = [*_packages(), *_machine(), *_folders(config, options.overrides)] if is_first_here else []
     if any(item.fix for item in items if item.name in ("torch", "deepspeed")):
         return _report([items], [""])
     items += [_device(), meeting := Item("meeting", *meet(options.patience))]
@@ -140,16 +141,11 @@ def _disk(folder: Path, name: str) -> Iterator[Item]:
     yield Item(f"{name}, 1 file", f"{speed:.0f} MB/s with sync, clock {skew:+.1f} s", fix)
 
 
-def _folders(config: str | None) -> Iterator[Item]:
+def _folders(config: str | None, overrides: Sequence[str]) -> Iterator[Item]:
     """The folders that a config names: what it reads can be listed, as the run would, also in S3; what it writes has room."""
     if config is None:
         return
-    try:
-        values = yaml.safe_load(Path(config).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{config}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{config}: got {type(values).__name__}, expected a config, a mapping of keys to values")
+    values = read_values(config, overrides)
     for key, address in _addresses(values):
         if key == "out":
             if (path := storage.local_path(address)) is not None:
@@ -165,11 +161,11 @@ def _folders(config: str | None) -> Iterator[Item]:
 
 
 def _addresses(values: Any) -> Iterator[tuple[str, str]]:
-    """Every `path`, `source`, `out` and `checkpoint_store` in a config, but those of encoders, which may be names of a model hub."""
+    """Every `path`, `source`, `run`, `out` and `checkpoint_store` in a config, but those of encoders, which may be names of a model hub."""
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if key == "encoders":
             continue
-        if key in ("path", "source", "out", "checkpoint_store") and isinstance(value, str):
+        if key in ("path", "source", "run", "out", "checkpoint_store") and isinstance(value, str):
             yield key, value
         elif isinstance(value, dict | list):
             yield from _addresses(value)

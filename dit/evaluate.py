@@ -107,7 +107,7 @@ def _open_split(run: EvaluateRun, name: Literal["train", "held_out", "all"], met
             clips = _take(source, part.stop - part.start, run)
             for clip in clips:
                 digest.update(clip.video.numpy().tobytes() + clip.caption.encode())
-                seen.append(Clip(clip.video[:0], clip.caption, clip.label))
+                seen.append(Clip(clip.video.new_empty(0), clip.caption, clip.label))  # a slice would keep the whole
             if number in mine:
                 yield Batch(torch.stack([clip.video for clip in clips]), [clip.caption for clip in clips], None)
 
@@ -180,6 +180,7 @@ def _judge(
     keys = sample_keys(run.seed, run.samples)
     parts = _parts(run)
     own = [parts[number] for number in distributed.share(len(parts))]
+    seconds: list[float] = []
     keep = index == 0 and any(isinstance(metric, FidelityConfig) for metric in run.metrics)
 
     def drawn(split: Split, label: str, shown: list[Tensor]) -> Iterator[Batch]:
@@ -187,12 +188,14 @@ def _judge(
         check_request(encoders, trained.base, split.captions, labels, size, "clips.")
         for number, part in enumerate(_tracked(own, label)):
             captions, classes = split.captions[part], None if labels is None else labels[part]
+            start = time.monotonic()
             videos = draw(backbone, encoders, trained.base, captions, classes, size, sampling, keys[part], trained.flow)
+            seconds.append(time.monotonic() - start)
             shown += [videos] if sum(map(len, shown)) < SHOWN else []
             split.others += [videos] if keep else []
             yield Batch(videos, captions, split.others[number] if split.others and index else None)
 
-    start, figures = time.monotonic(), {}
+    figures: dict[str, object] = {}
     for split in splits:
         stem, shown = f"{name.replace(' ', '-')}-{split.name}", list[Tensor]()
         rows = _rows(metrics, drawn(split, stem, shown))
@@ -202,8 +205,8 @@ def _judge(
             contact_sheet(clips, _marked(split.captions[: len(clips)], metrics, rows), folder / f"{stem}.png")
     weights = {"step": opened.step, "weights": run.weights, "checkpoint": hash_of_weights(backbone)}
     subject = {"run": str(trained.path), **weights, "sampling": sampling.model_dump(mode="json")}
-    seconds = (time.monotonic() - start) * distributed.world_size() / (len(splits) * run.samples)  # of one process
-    return {"name": name, "subject": subject, "seconds_per_clip": seconds, "figures": figures}
+    spent = sum(distributed.gather_json(sum(seconds))) / (len(splits) * run.samples)  # of one process
+    return {"name": name, "subject": subject, "seconds_per_clip": spent, "figures": figures}
 
 
 def _labels(run: EvaluateRun, trained: TrainedRun, split: Split) -> list[int] | None:

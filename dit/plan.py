@@ -8,6 +8,7 @@ import torch
 
 from data_pipelines.config import DataConfig, Size
 from data_pipelines.config_file import load_run
+from data_pipelines.errors import UserError
 from data_pipelines.packed import Grid, check_patch
 from dit.config import DistillRun, TrainRun
 from dit.config.backbone import SpatioTemporalDiTConfig
@@ -23,7 +24,7 @@ from dit.models import build_backbone
 from dit.models.flops import activation_bytes, forward_flops, parameters
 from dit.runs import Encoders, TrainedRun
 from dit.runtime import distributed
-from dit.stream import Stream
+from dit.stream import Stream, allowed_sizes
 
 GIB, MIB = 2**30, 2**20
 SMALL_CAPTION = 16
@@ -55,7 +56,11 @@ def main(run: TrainRun | DistillRun) -> int:
     if missing:
         print(f"data            {', '.join(missing)}: not there, so what is in a step is not planned")
         return 0
-    encoders = Encoders.load(base.encoders, distributed.device())
+    try:
+        encoders = Encoders.load(base.encoders, distributed.device())
+    except UserError as error:
+        print(f"encoders        not there, so what is in a step is not planned: {error}")
+        return 0
     print(Stream(data, encoders, base.backbone, run.train.seed).describe(run.train.samples))
     return 0
 
@@ -146,8 +151,13 @@ def _base_of(run: DistillRun) -> TrainRun:
 def _sizes(base: TrainRun, data: DataConfig) -> Sizes:
     channels, stride = _latents(base.encoders)
     width, caption = _text(base.encoders)
-    patch, wanted = base.backbone.patch_size, [*data.sizes, *([base.preview.size] if base.preview else [])]
-    grids = {size: check_patch(causal_latent_size(size, stride), patch) for size in wanted}
+    patch = base.backbone.patch_size
+
+    def tokens(size: Size) -> Grid:
+        return check_patch(causal_latent_size(size, stride), patch)
+
+    wanted = [*allowed_sizes(data, stride, patch, tokens), *([base.preview.size] if base.preview else [])]
+    grids = {size: tokens(size) for size in wanted}
     fitting = {size: grid for size, grid in grids.items() if prod(grid) <= data.token_budget}
     if not fitting:
         return Sizes(channels, width, caption, None, (1, 1, data.token_budget))

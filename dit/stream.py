@@ -43,7 +43,7 @@ class Stream:
         self.config, self.encoders, self.backbone, self.patch = config, encoders, backbone, backbone.patch_size
         for index, source in enumerate(config.sources):
             check_cache(source, encoders, f"data.sources.{index}.path")
-        self.config = config = config.model_copy(update={"sizes": self._sizes(config)})
+        self.config = config = config.model_copy(update={"sizes": allowed_sizes(config, encoders.latents.stride, self.patch, self._tokens)})
         self.plan = open_plan(config, self._grid_of, seed, self._cost_of)
         check_world_size(config, distributed.world_size(), distributed.sequence_parallel())
         self.packs_per_rank = config.packs_per_step // distributed.data_world_size()
@@ -104,7 +104,11 @@ class Stream:
     def _grid_of(self, facts: Facts) -> Grid | None:
         """Tokens (t, h, w) of a sample as the plan will deliver it."""
         size = (facts.frames, facts.height, facts.width)
-        return check_patch(size if facts.kind == "latents" else self.encoders.latent_size(size, "data.sizes"), self.patch)
+        return check_patch(size, self.patch) if facts.kind == "latents" else self._tokens(size)
+
+    def _tokens(self, size: Size) -> Grid:
+        """Tokens (t, h, w) of a clip of `size` pixels."""
+        return check_patch(self.encoders.latent_size(size, "data.sizes"), self.patch)
 
     def _cost_of(self, grid: Grid, caption_length: int) -> float:
         """Operations of a sample, by which packs and ranks are balanced; a word is taken to be six characters."""
@@ -113,16 +117,6 @@ class Stream:
     def _forward_flops(self, grids: Sequence[Grid], words: Sequence[int]) -> int:
         sizes = {"channels": self.encoders.latents.channels, "text_width": self.encoders.text.width}
         return forward_flops(self.backbone, grids, words, **sizes)
-
-    def _sizes(self, config: DataConfig) -> list[Size]:
-        """The sizes that `config` allows: those it names, and those of its rule that fit into a pack."""
-        if config.size_rule is None:
-            return config.sizes
-        stride = self.encoders.latents.stride
-        step, height, width = (a * b for a, b in zip(stride, self.patch, strict=True))
-        found = expand(config.size_rule, (1 + step - stride[0], step), (height, width), "data.size_rule")
-        fitting = [size for size in found if prod(self._grid_of(Facts("video", *size, None)) or ()) <= config.token_budget]
-        return sorted({*config.sizes, *fitting})
 
     def _with_classes(self, pack: RawPack) -> RawPack:
         """The pack with the labels that the backbone takes: none of them if it has no classes, else all of them in range."""
@@ -160,6 +154,15 @@ def _without(sample: RawSample, reasons: Mapping[str, str]) -> RawSample:
 def left_out(start: Mapping[str, Any] | None) -> list[str]:
     """Ids that were unusable before the checkpoint that holds `start`."""
     return list((start or {}).get("left_out", ()))
+
+
+def allowed_sizes(config: DataConfig, stride: Size, patch: Size, tokens: Callable[[Size], Grid]) -> list[Size]:
+    """The sizes that `config` allows: those it names, and those of its rule that fit into a pack. tokens: of a size."""
+    if config.size_rule is None:
+        return config.sizes
+    step, height, width = (a * b for a, b in zip(stride, patch, strict=True))
+    found = expand(config.size_rule, (1 + step - stride[0], step), (height, width), "data.size_rule")
+    return sorted({*config.sizes, *(size for size in found if prod(tokens(size)) <= config.token_budget)})
 
 
 def check_cache(source: Source, encoders: Encoders, key: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from data_pipelines.curation.candidates import Candidate
 from data_pipelines.curation.config import Captioner
 from data_pipelines.errors import UserError
-from data_pipelines.extras import optional
+from data_pipelines.extras import check_loaded, optional
 from data_pipelines.video import Frames
 
 
@@ -24,9 +24,11 @@ class CaptionModel:
             raise UserError(f"captioner model = {config.model!r}: no config.json in it; expected a folder in the layout of transformers")
         try:
             self.processor: Any = transformers.AutoProcessor.from_pretrained(config.model, local_files_only=True)
-            model = transformers.AutoModelForImageTextToText.from_pretrained(config.model, local_files_only=True, use_safetensors=True)
+            load = transformers.AutoModelForImageTextToText.from_pretrained
+            model, found = load(config.model, local_files_only=True, use_safetensors=True, output_loading_info=True)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(f"captioner model = {config.model!r}: cannot be read ({error})") from error
+        check_loaded("captioner model", config.model, found, spared=None)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = model.eval().to(self.device)
         self.config = config

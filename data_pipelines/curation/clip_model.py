@@ -15,7 +15,7 @@ from torch.nn.functional import linear, normalize
 from data_pipelines.curation.candidates import Candidate, Look
 from data_pipelines.decode import fit
 from data_pipelines.errors import UserError
-from data_pipelines.extras import optional
+from data_pipelines.extras import check_loaded, optional
 from data_pipelines.video import Frames
 
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP, where the folder states none
@@ -30,10 +30,13 @@ class ClipModel:
         if not (path / "config.json").is_file():
             raise UserError(f"model = {folder!r}: no config.json in it; expected the folder of a CLIP model in the layout of transformers")
         try:
-            self.model: Any = transformers.CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+            load = transformers.CLIPModel.from_pretrained
+            model, found = load(folder, local_files_only=True, use_safetensors=True, output_loading_info=True)
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"model = {folder!r}: not a CLIP model that can be read ({error})") from error
+        check_loaded("model", folder, found, spared=None)
+        self.model: Any = model.eval()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         stated = path / "preprocessor_config.json"

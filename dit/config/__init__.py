@@ -219,6 +219,8 @@ class EvaluateRun(Section):
             raise ValueError(f"metrics: {', '.join(sorted(of_shapes))} judges moving shapes alone: leave it out, or set clips.name: shapes")
         if "diversity" in names and self.per_caption == 1:
             raise ValueError("metrics: diversity compares clips of one caption: set per_caption to 2 or more")
+        if "fidelity" in names and len(self.contestants) == 1:
+            raise ValueError("metrics: fidelity compares with the first contestant: give a second one, or leave it out")
         if (sets := names & {"frechet", "kernel", "precision_recall"}) and self.samples < 40:
             raise ValueError(f"metrics: {', '.join(sorted(sets))} needs at least 40 samples, got samples={self.samples}")
         for number, metric in enumerate(self.metrics):

@@ -9,6 +9,7 @@ from data_pipelines.config import Section
 from dit.config.engine import OptimizerConfig
 from dit.config.evaluation import NetworkFeatures, RandomConvFeatures
 from dit.config.objective import Guidance, LogitNormalTimes, UniformTimes
+from dit.config.path import Rising
 
 StudentTimes = Annotated[UniformTimes | LogitNormalTimes, Field(discriminator="name")]
 
@@ -173,7 +174,7 @@ class ScoreCriticConfig(CriticConfig):
 
     times: StudentTimes = UniformTimes(name="uniform")
     """Distribution of the levels at which critic and teacher are compared, before the shift, and which the critic learns."""
-    ends: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.02, 0.98)
+    ends: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], Rising] = (0.02, 0.98)
     """They are scaled into this interval: at t = 0 there is nothing to compare."""
     heads: CriticHeadsConfig | None = None
     """Also tell the student's samples from the data, by the critic's own tokens. The teacher must be on rectified flow."""

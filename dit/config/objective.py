@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import Section
-from dit.config.path import LearnedPath, PathConfig, Quantity, RectifiedFlowPath, VPPath
+from dit.config.path import LearnedPath, PathConfig, Quantity, RectifiedFlowPath, Rising, Sigmas, VPPath
 from dit.config.weighting import ConstantWeighting, WeightingConfig
 
 
@@ -56,6 +56,12 @@ class ExponentialShift(Section):
     """m at low_tokens."""
     high: float = 1.15
     """m at high_tokens."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if not self.low_tokens < self.high_tokens:
+            raise ValueError(f"low_tokens = {self.low_tokens} must be below high_tokens = {self.high_tokens}")
+        return self
 
 
 ShiftConfig = Annotated[TokenShift | ExponentialShift, Field(discriminator="name")]
@@ -168,7 +174,7 @@ class Guidance(Section):
     """v_null + s (v_cond - v_null); 1 is no guidance."""
     w: float | None = None
     """(1 + w) v_cond - w v_null; 0 is no guidance."""
-    interval: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
+    interval: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]], Rising] = (0.0, 1.0)
     """Guide at these t only (Kynkäänniemi et al. 2024, arXiv:2404.07724)."""
     rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How far the spread of the guided prediction goes back to that of the conditional one (Lin et al. 2023, arXiv:2305.08891, 3.4)."""
@@ -203,21 +209,17 @@ class ShiftedSteps(Section):
     name: Literal["shifted"] = "shifted"
 
 
-class KarrasSteps(Section):
+class KarrasSteps(Sigmas):
     """sigma^(1 / rho) evenly spaced, then 0 (Karras et al. 2022, arXiv:2206.00364, eq. 5), with sigma = b / a."""
 
     name: Literal["karras"]
     rho: PositiveFloat = 7.0
-    sigma_min: PositiveFloat = 0.002
-    sigma_max: PositiveFloat = 80.0
 
 
-class ExponentialSteps(Section):
+class ExponentialSteps(Sigmas):
     """ln(sigma) evenly spaced, then 0, with sigma = b / a: Karras' steps as rho grows."""
 
     name: Literal["exponential"]
-    sigma_min: PositiveFloat = 0.002
-    sigma_max: PositiveFloat = 80.0
 
 
 class TrainedSteps(Section):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from data_pipelines.config import Section
 
@@ -11,6 +11,16 @@ Quantity = Literal["latents", "noise", "v", "velocity", "score", "edm"]
 score = -noise / b, the gradient of log p(x_t | latents). edm = the raw network of Karras et al. 2022, eq. 7."""
 
 OpenUnit = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _rising(pair: tuple[float, float]) -> tuple[float, float]:
+    if not pair[0] < pair[1]:
+        raise ValueError(f"got {list(pair)}, expected the lower end first")
+    return pair
+
+
+Rising = AfterValidator(_rising)
+"""Of a pair: the ends of an interval."""
 
 
 class RectifiedFlowPath(Section):
@@ -47,7 +57,20 @@ class VPPath(Section):
         return self
 
 
-class VEPath(Section):
+class Sigmas(Section):
+    """From where to where sigma = b / a goes."""
+
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+
+    @model_validator(mode="after")
+    def _rises(self) -> Self:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min} must be below sigma_max = {self.sigma_max}")
+        return self
+
+
+class VEPath(Sigmas):
     """a = 1, b^2 = sigma_min^2 ((sigma_max / sigma_min)^(2 t) - 1) (Song et al. 2020, arXiv:2011.13456, eq. 30, from exact data)."""
 
     name: Literal["ve"]
@@ -68,7 +91,7 @@ class LearnedPath(Section):
     """a^2 = sigmoid(-gamma(t)) with a monotone gamma that is trained with the network (Kingma et al. 2021, arXiv:2107.00630, 4.1)."""
 
     name: Literal["learned"] = "learned"
-    ends: tuple[float, float] = (-13.3, 5.0)
+    ends: Annotated[tuple[float, float], Rising] = (-13.3, 5.0)
     """gamma at t = 0 and t = 1 where training begins; -gamma is the logarithm of the signal-to-noise ratio."""
     pieces: PositiveInt = 32
     """gamma is linear in so many pieces."""

@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from data_pipelines.extras import check_loaded
 from dit.config.encoders import HFTextConfig
 from dit.encoders.base import CODE_VERSION, Fingerprint, check_declared, device_of, frozen, hash_of_weights, load_own
 from dit.encoders.small_text import SmallTextEncoder
@@ -53,6 +54,17 @@ class HFTextEncoder(nn.Module):
             )
 
     @cached_property
+    def _empty(self) -> int:
+        """The token of an empty caption, where the tokenizer adds none of its own: those of GPT-2's kind do not."""
+        ids = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id)
+        found = next((each for each in ids if each is not None), None)
+        if found is None:
+            raise UserError(
+                f"encoders.text.path: the tokenizer in {self.config.path} has no end, start or padding token for an empty caption"
+            )
+        return int(found)
+
+    @cached_property
     def _hash(self) -> str:
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         return hash_of_weights(self.model) + xxhash.xxh3_64_hexdigest(repr(vocabulary).encode())
@@ -66,7 +78,9 @@ class HFTextEncoder(nn.Module):
     def encode(self, captions: list[str]) -> list[Tensor]:
         if not captions:
             return []
-        batch = self.tokenizer(captions, padding=True, truncation=True, max_length=self.config.max_tokens, return_tensors="pt")
+        rows = self.tokenizer(captions, truncation=True, max_length=self.config.max_tokens)["input_ids"]
+        rows = [ids or [self._empty] for ids in rows]
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
         device = device_of(self.model)
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device)  # (B, S)
         hidden = self.model(input_ids=ids, attention_mask=real).last_hidden_state.float()  # (B, S, D)
@@ -89,11 +103,13 @@ def _load(config: HFTextConfig) -> tuple[Any, Any]:
     try:
         settings = transformers.AutoConfig.from_pretrained(model_path, local_files_only=local)
         cls = _class_of(transformers, settings)
-        model = cls.from_pretrained(model_path, dtype=getattr(torch, config.dtype), local_files_only=local, use_safetensors=True)
+        options = {"dtype": getattr(torch, config.dtype), "use_safetensors": True, "output_loading_info": True}
+        model, found = cls.from_pretrained(model_path, local_files_only=local, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=local)
     except (OSError, ValueError) as error:
         expected = "a local folder with config.json, safetensors weights and a tokenizer, or a hub name that can be reached"
         raise UserError(f"encoders.text.path: got {config.path!r}, expected {expected}. transformers says: {error}") from error
+    check_loaded("encoders.text.path", config.path, found)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masked, so any token will do
     return frozen(model), tokenizer

@@ -14,9 +14,19 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data_pipelines.errors import UserError
+from data_pipelines.extras import check_loaded
 from data_pipelines.packed import Grid
 from dit.config.encoders import DiffusersVAEConfig
-from dit.encoders.base import CODE_VERSION, Fingerprint, causal_latent_size, check_declared, device_of, frozen, hash_of_weights, load_own
+from dit.encoders.base import (
+    CODE_VERSION,
+    Fingerprint,
+    causal_latent_size,
+    check_declared,
+    device_of,
+    frozen,
+    hash_of_weights,
+    load_own,
+)
 from dit.encoders.small_vae import SmallVideoVAE
 
 CLASSES = ("AutoencoderKL", "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderDC")
@@ -160,10 +170,13 @@ def _load(config: DiffusersVAEConfig) -> Any:
         name = diffusers.AutoencoderKL.load_config(path, **where).get("_class_name")  # of any class
         if name not in CLASSES:
             raise UserError(f"encoders.latents.path: {config.path} holds a {name}, expected one of {', '.join(CLASSES)}")
-        return getattr(diffusers, name).from_pretrained(path, **where, torch_dtype=getattr(torch, config.dtype), use_safetensors=True)
+        options = {"torch_dtype": getattr(torch, config.dtype), "use_safetensors": True, "output_loading_info": True}
+        model, found = getattr(diffusers, name).from_pretrained(path, **where, **options)
     except OSError as error:
         expected = "a local folder with config.json and safetensors weights, or a hub name that can be reached"
         raise UserError(f"encoders.latents.path: got {config.path!r}, expected {expected}. diffusers says: {error}") from error
+    check_loaded("encoders.latents.path", config.path, found)
+    return model
 
 
 def _frames(video: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Letters: N clips, T frames, H rows, W columns, S places, D features. Videos are 
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, assert_never
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from data_pipelines import randomness
 from data_pipelines.errors import UserError
+from data_pipelines.extras import check_loaded
 from dit.config.evaluation import AttributeFeatures, ClipScoreConfig, NetworkFeatures, RandomConvFeatures
 from dit.evaluation import moving_shapes
 from dit.evaluation.pixels import as_float
@@ -215,14 +216,20 @@ def load_vision(path: str, kind: str, key: str, device: torch.device) -> tuple[A
         settings = json.loads((Path(path) / "preprocessor_config.json").read_text())
         load = getattr(transformers, kind).from_pretrained
         model, found = load(path, local_files_only=True, use_safetensors=True, output_loading_info=True)
-        if lacking := sorted(name for name in found["missing_keys"] if kind == "CLIPModel" or "pooler" not in name):  # heads are not used
-            raise ValueError(f"the weights lack {len(lacking)} tensors of {type(model).__name__}, such as {lacking[0]}")
         vision = getattr(model.config, "vision_config", model.config)
-        prepare = Prepare(int(vision.image_size), settings["image_mean"], settings["image_std"], device)
+        prepare = Prepare(_side(settings, vision.image_size), settings["image_mean"], settings["image_std"], device)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         expected = "a local folder with config.json (image_size), preprocessor_config.json (image_mean, image_std) and safetensors"
         raise UserError(f"{key}: got {path!r}, expected {expected}. It says: {error}") from error
+    check_loaded(key, path, found, None if kind == "CLIPModel" else "pooler")  # of the others the pooler is not used
     return model.eval().requires_grad_(False).to(device), prepare
+
+
+def _side(settings: Mapping[str, Any], of_positions: Any) -> int:
+    """Pixels of a side as the model's own preprocessing crops them, else as its positions are: DINOv2 has those of 518 and crops 224."""
+    crop = settings.get("crop_size")
+    side = crop["height"] if isinstance(crop, dict) else crop or of_positions
+    return int(side[0] if isinstance(side, list | tuple) else side)
 
 
 def weights_of(path: str) -> str:

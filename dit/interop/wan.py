@@ -1,4 +1,5 @@
-"""Weights and configs of the Wan family, as diffusers' `WanTransformer3DModel` stores them. Lossless in both directions.
+"""Weights and configs of the Wan family, as diffusers' `WanTransformer3DModel` stores them, lossless in both directions; and under the
+names of Wan's own code, which ComfyUI reads.
 
 Works on names, shapes and layouts of tensors only. The patch embedding is a 3-D convolution there and a linear layer on channel-last
 patch vectors here: the same numbers in another order.
@@ -34,6 +35,19 @@ _BLOCK = {"cross_norm": "norm2", "mlp.0": "ffn.net.0.proj", "mlp.2": "ffn.net.2"
 _ATTENTION = {"self_attention": "attn1", "cross_attention": "attn2"}
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 _NORMS = {"q_norm": "norm_q", "k_norm": "norm_k"}
+_ORIGINAL = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "proj_out": "head.head",
+    **{"attn1": "self_attn", "attn2": "cross_attn", ".to_q.": ".q.", ".to_k.": ".k.", ".to_v.": ".v.", ".to_out.0.": ".o."},
+    **{"norm2": "norm3", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", ".scale_shift_table": ".modulation"},
+}
+"""Parts of diffusers' names -> those of Wan's own code (Wan-Video/Wan2.1, wan/modules/model.py)."""
+COMFYUI = {"patch_size": (1, 2, 2), "head size": 128, "frequency_size": 256, "text width": 4096, "latent channels": 16}
+"""What ComfyUI takes for granted of a Wan file: it reads the other sizes from the shapes of the tensors."""
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> State:
@@ -49,6 +63,27 @@ def to_diffusers(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -
     weight = rearrange(state[PATCH_WEIGHT], "d (pt ph pw c) -> d c pt ph pw", pt=pt, ph=ph, pw=pw)
     out[names[PATCH_WEIGHT]] = weight.contiguous()
     return {name: tensor[None] if name.endswith("scale_shift_table") else tensor for name, tensor in out.items()}
+
+
+def to_original(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> State:
+    """Our state dict under the names of Wan's own code. Raises UserError as `to_diffusers` does."""
+    return {_original_name(name): tensor for name, tensor in to_diffusers(state, config).items()}
+
+
+def original_config(config: SpatioTemporalDiTConfig, *, channels: int, text_width: int) -> dict[str, Any]:
+    """The fields of config.json of Wan's own code. Raises UserError if the config has what Wan has not."""
+    fields = diffusers_config(config, channels=channels, text_width=text_width)
+    names = {"ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "in_dim": "in_channels", "out_dim": "out_channels", "eps": "eps"}
+    names |= {"num_heads": "num_attention_heads", "num_layers": "num_layers", "patch_size": "patch_size", "text_dim": "text_dim"}
+    own = {"_class_name": "WanModel", "model_type": "t2v", "dim": config.hidden_size, "text_len": 512}
+    return own | {name: fields[theirs] for name, theirs in names.items()}
+
+
+def unlike_comfyui(config: SpatioTemporalDiTConfig, *, channels: int, text_width: int) -> list[str]:
+    """What ComfyUI takes for granted of a Wan file and this one has not."""
+    head = config.hidden_size // config.num_heads
+    own = dict(zip(COMFYUI, (config.patch_size, head, config.frequency_size, text_width, channels), strict=True))
+    return [f"{name} {value}, not {COMFYUI[name]}" for name, value in own.items() if value != COMFYUI[name]]
 
 
 def from_diffusers(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> State:
@@ -90,6 +125,10 @@ def diffusers_config(config: SpatioTemporalDiTConfig, *, channels: int, text_wid
 
 def backbone_config(fields: Mapping[str, Any]) -> SpatioTemporalDiTConfig:
     """The backbone that a diffusers config.json describes. Raises UserError where it is none of ours."""
+    needed = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "freq_dim", "patch_size", "in_channels", "text_dim")
+    if lacking := [key for key in needed if key not in fields]:
+        raise UserError(f"config.json describes no Wan transformer: it lacks {', '.join(lacking)}")
+    fields = {**fields, "patch_size": list(fields["patch_size"]), "out_channels": fields.get("out_channels") or fields["in_channels"]}
     heads, head_size = fields["num_attention_heads"], fields["attention_head_dim"]
     config = SpatioTemporalDiTConfig(
         hidden_size=heads * head_size,
@@ -136,6 +175,14 @@ def _names(depth: int) -> dict[str, str]:
             modules |= {f"{block}{ours}.{a}": f"{block}{theirs}.{b}" for a, b in _PROJECTIONS.items()}
             weights |= {f"{block}{ours}.{a}.weight": f"{block}{theirs}.{b}.weight" for a, b in _NORMS.items()}
     return weights | {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+
+
+def _original_name(name: str) -> str:
+    if name == "scale_shift_table":
+        return "head.modulation"
+    for part, theirs in _ORIGINAL.items():
+        name = name.replace(part, theirs)
+    return name
 
 
 def _check_names(state: Mapping[str, Tensor], expected: set[str], config: SpatioTemporalDiTConfig) -> None:

@@ -75,6 +75,26 @@ def test_export(forks: Forks, run: Path, tmp_path: Path) -> None:
     model.load_state_dict(load_file(tmp_path / "wan/diffusion_pytorch_model.safetensors"))
     averages = load_weights(run, None, "ema")
     assert torch.equal(model.blocks[1].ffn.net[2].weight, averages["blocks.1.mlp.2.weight"])
+    wan = ("ckpt", "export", str(run), "--out", str(tmp_path / "original"), "--format", "wan", "--dtype", "bfloat16")
+    said = forks.run(*wan).ok().out
+    assert "note: Wan's pipelines pad captions with zeros" in said
+    assert "note: ComfyUI takes other sizes for granted and will not load it: head size 12, not 128" in said
+    half = load_file(tmp_path / "original/diffusion_pytorch_model.safetensors")["blocks.1.ffn.2.weight"]
+    assert torch.equal(half, averages["blocks.1.mlp.2.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("objective", [{"name": "ddpm"}, {"path": {"name": "edm"}, "prediction": "edm"}, {"prediction": "latents"}])
+def test_what_answers_with_no_velocity_is_no_wan_transformer(
+    forks: Forks, latents: Path, tmp_path: Path, objective: dict[str, object]
+) -> None:
+    config = train_config(tmp_path / "run.yaml", latents, objective=objective)
+    forks.run("train", str(config), "train.samples=16").ok()
+    for layout in ("diffusers", "wan"):
+        done = forks.run("ckpt", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", layout)
+        assert (done.code, "Traceback" in done.err) == (2, False)
+        assert "Wan's pipelines take the velocity of rectified flow; --format safetensors takes every model" in done.err
+    assert not (tmp_path / "out").exists()
+    forks.run("ckpt", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out")).ok()
 
 
 def test_only_weights_that_there_can_be_are_asked_for() -> None:

@@ -52,10 +52,20 @@ def test_what_is_missing_is_named_with_its_fix(forks: Forks, tmp_path: Path) -> 
     assert "Traceback" not in done.err
 
 
+def test_folders_of_the_base_and_of_the_command_line_are_looked_at(forks: Forks, tmp_path: Path, teacher: Path) -> None:
+    (tmp_path / "base.yaml").write_text(f"data: {{sources: [{{path: /no/such/folder}}]}}\nteacher: {{run: {teacher}}}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\n")
+    said = forks.run("doctor", str(tmp_path / "run.yaml")).out
+    assert "BAD /no/such/folder: " in said
+    assert f"ok  {teacher}: " in said
+    assert "BAD" not in forks.run("doctor", str(tmp_path / "run.yaml"), f"data.sources=[{{path: {teacher}}}]").ok().out
+    assert "BAD /no/such/run: " in forks.run("doctor", str(tmp_path / "run.yaml"), "teacher.run=/no/such/run").out
+
+
 def test_what_is_no_config_is_said(forks: Forks, tmp_path: Path) -> None:
     """And a launcher's own argument in front of the verb is not taken for one."""
     config = tmp_path / "run.yaml"
-    for content, words in ((b"", "got NoneType, expected a config"), (b"\xff\xfe\x00", "can't decode")):
+    for content, words in ((b"", "expected a mapping of sections, got NoneType"), (b"\xff\xfe\x00", "can't decode")):
         config.write_bytes(content)
         done = forks.run("--local_rank=0", "doctor", str(config))
         assert done.code == 2

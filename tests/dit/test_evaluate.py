@@ -108,8 +108,9 @@ def test_too_few_clips_are_refused(forks: Forks, teacher: Path, shards: Path, tm
 )
 def test_clips_too_small_for_a_metric_are_refused(size: list[int], metric: dict[str, Any], words: str, tmp_path: Path) -> None:
     clips = {"name": "folder", "path": "x", "size": size}
+    contestants = [{"run": str(tmp_path)}] * 2
     with pytest.raises(UserError) as error:
-        main(load_run(EvaluateRun, str(write(tmp_path / "run.yaml", tmp_path, clips=clips, metrics=[metric]))))
+        main(load_run(EvaluateRun, str(write(tmp_path / "run.yaml", tmp_path, clips=clips, metrics=[metric], contestants=contestants))))
     assert words in str(error.value)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from data_pipelines.config import Source
 from data_pipelines.config_file import has_section, load_run
 from data_pipelines.errors import UserError
 from data_pipelines.packed import pack_conditioning
@@ -55,6 +56,24 @@ def test_declared_encoders_are_not_loaded_and_others_are_asked_for(tmp_path: Pat
     asked = run.model_copy(update={"encoders": run.encoders.model_copy(update={"latents": latents})})
     with pytest.raises(UserError, match=r"encoders\.latents\.path"):
         dry_run(asked, asked, run.data)
+
+
+def test_sizes_by_rule_are_planned_as_they_will_be_packed() -> None:
+    run = TRAININGS[CONFIGS / "train" / "wan_1.3b.yaml"]
+    rule = {"pixels": [256 * 256], "aspects": ["1:1"], "max_frames": 17}
+    data = type(run.data).model_validate(run.data.model_dump() | {"sizes": [], "size_rule": rule, "token_budget": 32768})
+    said = dry_run(run, run.model_copy(update={"preview": None}), data)
+    assert "[17, 256, 256] (frames, height, width) -> 5 x 16 x 16 = 1,280 tokens" in said
+
+
+def test_a_plan_without_encoders_says_so(latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = TRAININGS[CONFIGS / "train" / "wan_1.3b.yaml"]
+    data = run.data.model_copy(update={"sources": [Source(path=str(latents))]})
+    text = run.encoders.text.model_copy(update={"path": str(tmp_path)})
+    assert main(run.model_copy(update={"data": data, "encoders": run.encoders.model_copy(update={"text": text})})) == 0
+    said = capsys.readouterr().out
+    assert "FLOPs a step" in said
+    assert "not there, so what is in a step is not planned: encoders." in said
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -145,6 +145,11 @@ MISTAKES = {
         objective={shift: {base_tokenz: 3}} | objective.shift.base_tokenz | did you mean base_tokens
         objective={path: {name: vp}, weighting: {name: min_snrr}} | objective.weighting.name | did you mean min_snr?
         objective={path: {name: vp, beta_start: 0.5}} | beta_end = 0.02 must not be below beta_start = 0.5
+        objective={path: {name: ve, sigma_min: 50, sigma_max: 0.01}} | sigma_min = 50.0 must be below sigma_max = 0.01
+        objective={name: variational, path: {ends: [5, -13]}} | got [5.0, -13.0], expected the lower end first
+        objective={shift: {name: exponential, low_tokens: 256, high_tokens: 256}} | low_tokens = 256 must be below high_tokens = 256
+        preview={prompts: [a], size: [1, 8, 8], sampling: {guidance: {interval: [0.8, 0.2]}}} | got [0.8, 0.2], expected the lower end first
+        preview={prompts: [a], size: [1, 8, 8], sampling: {schedule: {name: karras, sigma_min: 80, sigma_max: 1}}} | sigma_min = 80.0 must
         objective={path: {name: trigflow}, prediction: noise} | objective.prediction=noise | predict velocity
         objective={name: ddpm, variance: learned} | backbone.learned_variance=False | objective.variance
         engine={gather_within: 2} | gather_within=2 needs zero_stage 3, got 1
@@ -168,6 +173,7 @@ MISTAKES = {
         method.solver=rk4 | Allowed: euler, heun
         method.skip=2 | less than or equal to 1
         method.critic={} | unknown key
+        method={name: distribution_matching, guidance: {s: 2}, critic: {optimizer: {lr: 1}, ends: [0.9, 0.1]}} | lower end first
         method.guidance_range=[3, 2] | guidance_range=[3.0, 2.0] | expected low < high
         method.flow=data | flow=data and guidance s=2 | data cannot be guided
         method={name: distribution_matching, guidance: {s: 2}} | method.critic | missing
@@ -206,6 +212,8 @@ MISTAKES = {
         metrics=[{name: fid}] | metrics.0.name | Allowed: adherence, positions
         metrics=[{name: frechet}] | metrics.0.features | missing
         metrics=[{name: frechet, features: {name: random_conv}}] samples=10 | at least 40 samples, got samples=10
+        metrics=[{name: fidelity, features: {name: random_conv}}] | fidelity compares with the first contestant
+        metrics=[{name: kernel, features: {name: random_conv}, subset: 2}] | greater than or equal to 8
         metrics=[{name: diversity, features: {name: random_conv}}] | per_caption to 2 or more
         clips={name: folder, size: [1, 8, 8]} | clips.path | missing
         clips={name: folder, path: x, size: [1, 8, 8]} | judges moving shapes alone

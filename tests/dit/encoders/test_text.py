@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -173,3 +174,30 @@ def test_an_unusable_path_is_named(damage: str, tmp_path: Path) -> None:
 def test_more_tokens_than_positions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"encoders.text.max_tokens: got 512, expected at most 20"):
         build_text_encoder(config(save(MODELS["clip"](), tmp_path), max_tokens=512))
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    """transformers would draw what is missing, in every process anew."""
+    folder = save(umt5(), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.block.1.layer.0.SelfAttention.q.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"encoders.text.path: the weights in .* lack 1 tensors of the model, such as encoder.block.1.layer.0"
+    ):
+        build_text_encoder(config(folder))
+
+
+def test_a_tokenizer_without_tokens_of_its_own_gives_the_empty_caption_its_end_token(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bert().eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[EOS]", unk_token="[UNK]").save_pretrained(tmp_path)
+    encoder = build_text_encoder(config(tmp_path))
+    assert [len(text) for text in encoder.encode(CAPTIONS)] == [5, 1, 2]
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[1]])).last_hidden_state[0]
+    torch.testing.assert_close(encoder.encode([""])[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode(CAPTIONS)[1], expected, atol=1e-5, rtol=0)

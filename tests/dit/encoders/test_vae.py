@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderKLLTXVideo, AutoencoderKLWan
+from safetensors.torch import load_file, save_file
 
 from data_pipelines.errors import UserError
 from dit.config.encoders import DiffusersVAEConfig, PixelsConfig
@@ -226,3 +227,14 @@ def test_pixels_are_their_own_latents() -> None:
     assert torch.equal(codec.encode(video), video)
     assert torch.equal(codec.decode(video * 3), (video * 3).clamp(-1, 1))
     assert (codec.channels, codec.stride, codec.latent_size((3, 5, 7))) == (3, (1, 1, 1), (3, 5, 7))
+
+
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    kl().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    lost = min(name for name in tensors if name.startswith("decoder."))
+    del tensors[lost]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"encoders.latents.path: the weights in .* lack 1 tensors of the model, such as {lost}"):
+        build_latent_codec(DiffusersVAEConfig(name="diffusers", path=str(tmp_path)))

@@ -68,6 +68,15 @@ def test_an_image_network_sees_every_frame(tmp_path: Path, videos: Tensor) -> No
     torch.testing.assert_close(pooled, output.last_hidden_state.detach().view(2, 9 * 17, 32).mean(1))
 
 
+@pytest.mark.parametrize(("crop", "side"), [({"height": 24, "width": 24}, 24), (16, 16), (None, 32)])
+def test_frames_are_as_large_as_the_preprocessing_crops_them(tmp_path: Path, crop: object, side: int) -> None:
+    """DINOv2 has positions of 518 pixels and is used at 224."""
+    path = dinov2(tmp_path / "dino")
+    settings = json.loads((path / "preprocessor_config.json").read_text())
+    (path / "preprocessor_config.json").write_text(json.dumps(settings | {"crop_size": crop}))
+    assert f"{side} x {side}" in str(Network(NetworkFeatures(name="network", path=str(path)), CPU).protocol()["resize"])
+
+
 def test_a_convolutional_network_is_pooled_over_places(tmp_path: Path, videos: Tensor) -> None:
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", image_size=32)).eval()
     network = Network(NetworkFeatures(name="network", path=str(save(tmp_path, model)), pool="mean"), CPU)
@@ -118,7 +127,7 @@ def test_a_network_whose_weights_are_not_whole_is_refused(tmp_path: Path) -> Non
     tensors = load_file(path / "model.safetensors")
     del tensors["encoder.layer.1.norm1.weight"]
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"lack 1 tensors of Dinov2Model, such as encoder.layer.1.norm1.weight"):
+    with pytest.raises(UserError, match=r"lack 1 tensors of the model, such as encoder.layer.1.norm1.weight"):
         Network(NetworkFeatures(name="network", path=str(path)), CPU)
 
 

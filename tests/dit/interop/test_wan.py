@@ -3,11 +3,21 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 from data_pipelines.errors import UserError
 from data_pipelines.packed import Conditioning, pack_conditioning, patchify, unpack
 from dit.config import SpatioTemporalDiTConfig
-from dit.interop.wan import backbone_config, channels_of, diffusers_config, from_diffusers, to_diffusers
+from dit.interop.wan import (
+    backbone_config,
+    channels_of,
+    diffusers_config,
+    from_diffusers,
+    original_config,
+    to_diffusers,
+    to_original,
+    unlike_comfyui,
+)
 from dit.models import build_backbone
 
 CHANNELS, TEXT = 4, 16
@@ -100,9 +110,29 @@ def test_the_key_map_is_lossless():
     assert channels_of(back, config) == CHANNELS
 
 
+def test_the_names_of_wans_own_code_are_those_that_diffusers_converts():
+    theirs, ours, config = pair(20, (1, 2, 2), torch.float32)
+    original = to_original(ours.state_dict(), config)
+    assert {"head.modulation", "blocks.1.modulation", "blocks.0.norm3.weight", "blocks.0.self_attn.o.bias"} <= original.keys()
+    converted = convert_wan_transformer_to_diffusers(dict(original))
+    expected = theirs.state_dict()
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], expected[name]) for name in expected)
+    fields = original_config(config, channels=CHANNELS, text_width=TEXT)
+    assert (fields["dim"], fields["num_heads"], fields["in_dim"], fields["text_dim"], fields["patch_size"]) == (60, 3, 4, 16, [1, 2, 2])
+    assert unlike_comfyui(config, channels=CHANNELS, text_width=TEXT) == [
+        "head size 20, not 128", "frequency_size 32, not 256", "text width 16, not 4096", "latent channels 4, not 16",
+    ]  # fmt: skip
+    wan = SpatioTemporalDiTConfig(hidden_size=1536, depth=30, num_heads=12, ffn_size=8960, patch_size=(1, 2, 2))
+    assert unlike_comfyui(wan, channels=16, text_width=4096) == []
+
+
 def test_the_config_survives_the_round_trip():
     theirs, _, config = pair(20, (2, 1, 3), torch.float32)
     assert backbone_config(theirs.config) == config
+    assert backbone_config({**theirs.config, "out_channels": None, "patch_size": (2, 1, 3)}) == config
+    with pytest.raises(UserError, match=r"describes no Wan transformer: it lacks ffn_dim, text_dim"):
+        backbone_config({key: value for key, value in theirs.config.items() if key not in ("ffn_dim", "text_dim")})
 
 
 @pytest.mark.parametrize(
