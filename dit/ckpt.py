@@ -11,10 +11,9 @@ from safetensors.torch import save_file
 from data_pipelines.errors import NoValidCheckpoint, UserError
 from data_pipelines.progress import track
 from dit.config import DistillRun, known_weights
-from dit.config.objective import ObjectiveConfig
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
-from dit.interop.wan import channels_of, diffusers_config, original_config, to_diffusers, to_original, unlike_comfyui
+from dit.interop.wan import channels_of, check_velocity, diffusers_config, original_config, to_diffusers, to_original, unlike_comfyui
 from dit.runs import TrainedRun, make_folder
 from dit.runtime.lease import lock_for_writing
 
@@ -78,7 +77,7 @@ def _export(arguments: argparse.Namespace) -> int:
     trained = TrainedRun.open(run, "RUN")
     config, objective = trained.base.backbone, trained.base.objective
     if layout != "safetensors":
-        _check_velocity(objective)
+        check_velocity(objective)
     state = {name: tensor.to(DTYPES[arguments.dtype]) for name, tensor in load_weights(trained.path, arguments.step, weights).items()}
     folder = make_folder(arguments.out, "--out")
     if layout == "safetensors":
@@ -93,14 +92,6 @@ def _export(arguments: argparse.Namespace) -> int:
             print(f"note: {note}")
     print(f"wrote {weights} of {run} to {folder}: {len(state)} tensors, {sum(t.numel() for t in state.values()) / 1e6:.2f} M parameters")
     return 0
-
-
-def _check_velocity(objective: ObjectiveConfig) -> None:
-    """Raise UserError unless the network itself answers with the velocity of rectified flow, as Wan's does."""
-    path, prediction = getattr(objective, "path", None), getattr(objective, "prediction", None)
-    if (getattr(path, "name", None), prediction) != ("rectified_flow", "velocity"):
-        what = f"objective.name={objective.name}, path={getattr(path, 'name', 'of its own')}, prediction={prediction}"
-        raise UserError(f"{what}: Wan's pipelines take the velocity of rectified flow; --format safetensors takes every model")
 
 
 def _notes(trained: TrainedRun, layout: str, sizes: Mapping[str, int]) -> Iterator[str]:

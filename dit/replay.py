@@ -16,6 +16,7 @@ from dit.config.engine import EngineConfig
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Outcome
 from dit.engine.loop import accumulate
+from dit.initial import begins
 from dit.runs import TrainedRun
 from dit.runtime import distributed
 from dit.stream import Stream
@@ -54,7 +55,7 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
     if isinstance(run, DistillRun):
         engine, losses_of, _ = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)
     else:
-        engine, losses_of = train.compose(run, encoders, stream)
+        engine, losses_of = train.compose(run, encoders, stream, begins(run, before=step))
     record = _record(trained.path, step)
     position, since = resume(engine, trained.path, before=step), record.get("since")
     if since and since["step"] == engine.step:  # the run went on from there with other data

@@ -40,7 +40,7 @@ from dit.runtime import distributed
 from dit.runtime.lease import lock_for_writing
 
 log = logging.getLogger(__name__)
-FIXED_KEYS = ("backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
+FIXED_KEYS = ("init", "backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
 FREE_KEYS = (
     "backbone.activation_checkpointing",
@@ -110,8 +110,12 @@ class TrainedRun:
     def encoders(self) -> Encoders:
         """The encoders that its weights were trained with, on this process's device. Raises UserError if the files are others now."""
         encoders = Encoders.load(self.base.encoders, distributed.device())
-        _check_encoders(self.path, encoders)
+        self.check_encoders(encoders)
         return encoders
+
+    def check_encoders(self, encoders: Encoders) -> None:
+        """Raise UserError unless its weights were trained with `encoders`."""
+        _check_encoders(self.path, encoders)
 
     def sampling_for(self, contestant: Contestant, section: str = "contestants.") -> SamplingConfig:
         """The sampler that `contestant` asks for, else this run's own. section: where its keys stand in the config.

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from data_pipelines.packed import PackedLatents
+from data_pipelines.plan import START
 from dit.config import TrainRun
 from dit.diffusion import RECTIFIED_FLOW, build_denoiser, build_objective, equip, held_out_loss
 from dit.drawing import Preview
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
 from dit.engine.loop import LossesOf, fit
+from dit.engine.saver import Saver
+from dit.initial import begins, load_initial
 from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, null_label, open_for_writing
 from dit.runtime import distributed
@@ -23,12 +26,15 @@ def main(run: TrainRun) -> int:
     encoders = Encoders.load(run.encoders, distributed.device())
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
     folder = open_for_writing(run, run, stream.describe(run.train.samples), encoders)
-    engine, losses_of = compose(run, encoders, stream)
+    engine, losses_of = compose(run, encoders, stream, begins(run))
 
     def held_out(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
         return held_out_loss(build_denoiser(run.objective, network, RECTIFIED_FLOW), packs, levels)  # comparable over paths
 
     start = resume(engine, folder)
+    if start is None and run.init is not None:  # from here on the run needs nothing but itself
+        with Saver(run) as saver:
+            saver.save(engine, {**START._asdict(), "left_out": []})
     steps = stream.steps(start)
     fit(
         run,
@@ -45,12 +51,14 @@ def main(run: TrainRun) -> int:
     return 0
 
 
-def compose(run: TrainRun, encoders: Encoders, stream: Stream) -> tuple[Engine, LossesOf]:
-    """The engine with the initial weights, and what it is trained on."""
+def compose(run: TrainRun, encoders: Encoders, stream: Stream, is_new: bool) -> tuple[Engine, LossesOf]:
+    """The engine with the initial weights, and what it is trained on. is_new: there is no checkpoint that will replace them."""
     objective = build_objective(run.objective, encoders.null_text, null_label(run))
     with distributed.seeded(run.train.seed):
         network = build_backbone(run.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
         backbone = equip(network, run.objective)
+    if is_new:
+        load_initial(backbone, run, encoders)
     if run.engine.compile:
         compile_blocks(network)
     engine = Engine(backbone, run, stream.packs_per_rank)

@@ -50,8 +50,28 @@ class FitRun(Section):
     preview: PreviewConfig | None = None
 
 
+class InitConfig(Section):
+    """Weights that a run begins with, in place of random ones. They become its checkpoint of step 0."""
+
+    run: str | None = None
+    """Run directory of a training or a distillation with the same backbone and encoders."""
+    step: NonNegativeInt | None = None
+    """Which checkpoint of it; None for the newest valid one."""
+    weights: Weights = "ema"
+    """ema, model, or sigma_rel=S: the average of that width, reconstructed from those of ema.sigma_rel and the checkpoints kept."""
+    diffusers: str | None = None
+    """Folder of a WanTransformer3DModel of diffusers, such as that of a public model; its VAE and text encoder belong in `encoders`."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.run is None) == (self.diffusers is None):
+            raise ValueError(f"run={self.run}, diffusers={self.diffusers}: give exactly one of them")
+        return self
+
+
 class TrainRun(FitRun):
     data: DataConfig
+    init: InitConfig | None = None
     encoders: EncodersConfig = EncodersConfig()
     backbone: SpatioTemporalDiTConfig
     objective: ObjectiveConfig = RectifiedFlowConfig()
@@ -62,6 +82,12 @@ class TrainRun(FitRun):
         if not isinstance(value, dict) or "name" in value:
             return value
         return {"name": "diffusion" if "path" in value else "rectified_flow", **value}
+
+    @model_validator(mode="after")
+    def _has_something_to_do(self) -> Self:
+        if self.train.samples == 0 and self.init is None:
+            raise ValueError("train.samples=0 makes a run of the weights that `init` names, and there is no init: expected 1 or more")
+        return self
 
     @model_validator(mode="after")
     def _variance_has_channels(self) -> Self:
@@ -94,6 +120,12 @@ class DistillRun(FitRun):
     """At previews: without `preview` there is none. null draws previews alone."""
 
     @model_validator(mode="after")
+    def _has_something_to_do(self) -> Self:
+        if self.train.samples == 0:
+            raise ValueError("train.samples=0: expected 1 or more")
+        return self
+
+    @model_validator(mode="after")
     def _gradients_of_the_teacher_are_whole(self) -> Self:
         engine, by_weights = self.engine, self.method.name == "moment_matching" and self.method.critic is None
         if by_weights and (engine.sequence_parallel > 1 or engine.zero_stage == 3 or engine.precision == "bf16"):
@@ -117,7 +149,7 @@ class DistillRun(FitRun):
 class Contestant(Section):
     run: str
     """Run directory of a training or a distillation."""
-    step: PositiveInt | None = None
+    step: NonNegativeInt | None = None
     """Which checkpoint; None for the newest valid one."""
     steps: PositiveInt | None = None
     """Another number of steps than the run's own sampler takes."""

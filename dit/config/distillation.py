@@ -268,7 +268,7 @@ class TeacherConfig(Section):
     run: str
     """Run directory of the teacher, a training or a distillation; its config, data and encoders are reused. Or one of its checkpoints:
     RUN/checkpoints/step-00000500."""
-    step: PositiveInt | None = None
+    step: NonNegativeInt | None = None
     """Which checkpoint; None for the newest valid one."""
     weights: Literal["ema", "model"] = "ema"
 

@@ -85,8 +85,8 @@ class GuardConfig(Section):
 
 
 class TrainConfig(Section):
-    samples: PositiveInt
-    """The run ends with the step that reaches this many samples."""
+    samples: NonNegativeInt
+    """The run ends with the step that reaches this many samples. 0, with `init`: a run of those weights, untrained, as for a teacher."""
     seed: NonNegativeInt = 0
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 500

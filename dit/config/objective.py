@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from data_pipelines.config import Section
 from dit.config.path import LearnedPath, PathConfig, Quantity, RectifiedFlowPath, Rising, Sigmas, VPPath
@@ -163,7 +163,7 @@ ObjectiveConfig = Annotated[RectifiedFlowConfig | DiffusionConfig | DDPMConfig |
 class WeakModel(Section):
     run: str
     """Run directory of a smaller or less trained model with the same encoders."""
-    step: PositiveInt | None = None
+    step: NonNegativeInt | None = None
     """Which checkpoint; None for the newest valid one."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 from dit.config import SpatioTemporalDiTConfig
+from dit.config.objective import ObjectiveConfig
 
 State = dict[str, Tensor]
 
@@ -156,6 +157,14 @@ def check_exportable(config: SpatioTemporalDiTConfig) -> None:
     ]
     if wrong:
         raise UserError("this backbone is not in the Wan layout: " + "; ".join(wrong))
+
+
+def check_velocity(objective: ObjectiveConfig) -> None:
+    """Raise UserError unless the network itself answers with the velocity of rectified flow, as Wan's does."""
+    path = objective.path.name
+    if (path, objective.prediction) != ("rectified_flow", "velocity"):
+        what = f"objective.name={objective.name}, path={path}, prediction={objective.prediction}"
+        raise UserError(f"{what}: Wan's transformers and pipelines know the velocity of rectified flow alone")
 
 
 def channels_of(state: Mapping[str, Tensor], config: SpatioTemporalDiTConfig) -> int:

@@ -92,7 +92,7 @@ def test_what_answers_with_no_velocity_is_no_wan_transformer(
     for layout in ("diffusers", "wan"):
         done = forks.run("ckpt", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--format", layout)
         assert (done.code, "Traceback" in done.err) == (2, False)
-        assert "Wan's pipelines take the velocity of rectified flow; --format safetensors takes every model" in done.err
+        assert "Wan's transformers and pipelines know the velocity of rectified flow alone" in done.err
     assert not (tmp_path / "out").exists()
     forks.run("ckpt", "export", str(tmp_path / "run"), "--out", str(tmp_path / "out")).ok()
 

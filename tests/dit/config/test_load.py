@@ -100,7 +100,11 @@ MISTAKES = {
         ema.decay=1 | less than 1
         ema.decay=0 | greater than 0
         ema.sigma_rel=[0.5] | less than 0.28
-        train.samples=0 | greater than 0
+        train.samples=0 | there is no init: expected 1 or more
+        train.samples=-1 | greater than or equal to 0
+        init={} | give exactly one of them
+        init={run: a, diffusers: b} | give exactly one of them
+        init={run: a, weights: emma} | got emma, expected ema
         train.samples=many | integer
         train.samples=1.5 | integer
         train.seed=-1 | greater than or equal to 0
@@ -163,7 +167,8 @@ MISTAKES = {
     """,
     "distill": """
         teacher.rum=x | did you mean run
-        teacher.step=0 | greater than 0
+        teacher.step=-1 | greater than or equal to 0
+        train.samples=0 | expected 1 or more
         teacher.weights=emma | did you mean ema
         teacher={run: runs/t/checkpoints/step-00000500, step: 400} | run names the checkpoint of step 500, and step is 400
         method.name=consistencyy | did you mean consistency
