@@ -31,6 +31,7 @@ from dit.distillation import (
     Weight,
     build_distillation,
     build_student_sampling,
+    critic_backbone,
     critic_of,
     discriminator_of,
     heads_of,
@@ -114,7 +115,7 @@ def compose(
         network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
         student = equip(network, base.objective)
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
-        module = with_critic(run.method, student, teacher, config.hidden_size, looks)
+        module = with_critic(run.method, student, start_of_critic(run, base, encoders, teacher), config.hidden_size, looks)
     if run.engine.compile:
         compile_blocks(network)
     place = teacher_engine(run.method, run.engine)
@@ -131,6 +132,19 @@ def compose(
         return objective_at(method, engine.step)(as_flow(base, module), stream.encode(pack), progress)
 
     return engine, losses_of, method
+
+
+def start_of_critic(run: DistillRun, base: TrainRun, encoders: Encoders, teacher: nn.Module) -> nn.Module:
+    """The teacher, with the input that its copy as a critic needs, which starts without effect."""
+    config = critic_backbone(run.method, base.backbone)
+    if config == base.backbone:
+        return teacher
+    network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
+    start = equip(network, base.objective)
+    start.load_state_dict({**start.state_dict(), **teacher.state_dict()})
+    if run.engine.compile:
+        compile_blocks(network)
+    return start
 
 
 def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list[Weight]:

@@ -1,5 +1,6 @@
 """From prompts to videos: what previews, `dit sample` and `dit evaluate` share."""
 
+import logging
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from data_pipelines.packed import Conditioning, Grid, check_patch, pack_conditio
 from data_pipelines.randomness import key
 from dit.config import Contestant, TrainRun
 from dit.config.editing import Extend, Frames, Inpaint, Invert, Outpaint, SDEdit
+from dit.config.encoders import EncodersConfig
 from dit.config.engine import PreviewConfig
 from dit.config.objective import DDPMConfig, Guidance, SamplingConfig, VariationalConfig, WeakModel
 from dit.diffusion import (
@@ -42,6 +44,8 @@ from dit.evaluation.pictures import contact_sheet, write_video_grid
 from dit.runs import Encoders, TrainedRun, null_label
 from dit.runtime import distributed
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -55,7 +59,9 @@ class Opened:
     def of(cls, contestant: Contestant, section: str) -> "Opened":
         """Read its run, and fix which checkpoint is the newest valid one now. Called by all ranks. section: where its keys stand."""
         trained = TrainedRun.open(contestant.run, f"{section}run")
-        step = contestant.step or newest_valid(trained.path / "checkpoints", distributed.rank(), distributed.world_size())
+        step = contestant.step
+        if step is None:
+            step = newest_valid(trained.path / "checkpoints", distributed.rank(), distributed.world_size())
         sampling = trained.sampling_for(contestant, section)
         return cls(trained, step, sampling.model_copy(update={"guidance": pinned(sampling.guidance)}))
 
@@ -87,7 +93,7 @@ def draw(
 ) -> Tensor:
     """One video for each prompt: (B, T, H, W, 3) uint8, of `size` (T, H, W). keys: the random key of each.
 
-    path: what to sample on, None for the path of the objective. edit: what to start from.
+    path: what to sample on, None for the path of the objective. edit: what to start from. Raises NotFinite.
     """
     patch = base.backbone.patch_size
     grid = check_patch(encoders.latent_size(size, "size"), patch)
@@ -108,12 +114,13 @@ def draw_tokens(
     keys: Sequence[int],
     path: Path | None = None,
 ) -> Tensor:
-    """Latents from noise, as tokens (L, P). cond: of samples of one grid. keys, path: as for `draw`."""
+    """Latents from noise, as tokens (L, P). cond: of samples of one grid. keys, path: as for `draw`. Raises NotFinite."""
     on = path or path_of(base.objective, denoiser)
     guided = guide(build_denoiser(base.objective, denoiser, path), encoders, base, sampling.guidance, on)
     channels = encoders.latents.channels * prod(base.backbone.patch_size)
     trained = None if isinstance(base.objective, DDPMConfig | VariationalConfig) else base.objective.times
-    return sample(guided, cond, tuple(keys), channels, sampling, shift_of(prod(cond.grids[0]), base.objective.shift), on, trained)
+    shift = shift_of(prod(cond.grids[0]), base.objective.shift)
+    return finite(sample(guided, cond, tuple(keys), channels, sampling, shift, on, trained), sampling)
 
 
 def _edited(
@@ -126,7 +133,7 @@ def _edited(
     path: Path | None,
     edit: Edit,
 ) -> Tensor:
-    """Latents that start from what `edit` gives, as tokens (L, P)."""
+    """Latents that start from what `edit` gives, as tokens (L, P). Raises NotFinite."""
     on = path or path_of(base.objective, denoiser)
     given = edit.tokens(encoders, base.backbone.patch_size, len(keys))
     network = Told(denoiser, path_of(base.objective, denoiser), given.latents, given.mask) if edit.is_told else denoiser
@@ -135,16 +142,33 @@ def _edited(
     times = visited(base, denoiser, sampling, cond.grids[0], path).to(cond.text.device)
     match edit.config:
         case SDEdit(strength=strength):
-            return vary(guided, given.latents, cond, keys, times, sampling, on, strength)
+            tokens = vary(guided, given.latents, cond, keys, times, sampling, on, strength)
         case Invert(caption=caption, solver=solver):
             shown = cond.with_text(encoders.text.encode([caption] * len(keys)), cond.labels)
             start = invert(plain, given.latents, shown, times, solver, on)
-            return follow(guided, start, times, cond, keys, sampling, on)
+            tokens = follow(guided, start, times, cond, keys, sampling, on)
         case Inpaint() | Outpaint() | Frames() | Extend():
             repeats, jump = edit.resampling
-            return complete(guided, given, cond, keys, times, sampling, on, repeats, jump)
+            tokens = complete(guided, given, cond, keys, times, sampling, on, repeats, jump)
         case _:
             assert_never(edit.config)
+    return finite(tokens, sampling)
+
+
+class NotFinite(UserError):
+    """Samples are infinite or no numbers."""
+
+
+def finite(tokens: Tensor, sampling: SamplingConfig) -> Tensor:
+    """`tokens`. Raises NotFinite, that says how they were drawn, unless all are finite: decoded, they would be grey or black."""
+    if not bool(tokens.isfinite().all()):
+        guidance, rescale = sampling.guidance, f", rescale={sampling.guidance.rescale:g}" if sampling.guidance.rescale else ""
+        raise NotFinite(
+            f"sampling: got samples that are not finite from sampler={sampling.sampler}, steps={sampling.steps}, "
+            f"schedule={sampling.schedule.name}, guidance {guidance}{rescale}: try sampler heun, schedule shifted or a lower scale; if "
+            "those fail too, the weights are damaged or their training diverged"
+        )
+    return tokens
 
 
 def visited(base: TrainRun, network: Denoiser, sampling: SamplingConfig, grid: Grid, path: Path | None) -> Tensor:
@@ -161,21 +185,29 @@ def to_videos(tokens: Tensor, cond: Conditioning, encoders: Encoders, patch: Gri
     return ((videos + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).cpu()
 
 
-def guide(denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path) -> Denoiser:
+def guide(
+    denoiser: Denoiser, encoders: Encoders, base: TrainRun, guidance: Guidance, path: Path, *, is_called_together: bool = False
+) -> Denoiser:
     """`denoiser` of `path` under the guidance of a config: away from the empty caption, a negative prompt, or a weaker
-    model; or as an input, if the model takes it."""
+    model; or as an input, if the model takes it.
+
+    is_called_together: ask the network alike at every t, for ranks that hold parts of it wait for each other inside. Else it is asked
+    only once outside the interval of the guidance.
+    """
     if base.backbone.guided:
         return AtScale(denoiser, guidance.scale)
     if guidance.scale == 1:
         return denoiser
     guided: Denoiser
+    options = (guidance.zero_star, guidance.rescale, guidance.interval)
     if guidance.weak is None:
         away = encoders.text.encode([guidance.negative_prompt])[0] if guidance.negative_prompt else encoders.null_text
-        guided = ClassifierFreeGuidance(denoiser, away, guidance.scale, null_label(base), guidance.zero_star, guidance.rescale)
+        guided = ClassifierFreeGuidance(denoiser, away, guidance.scale, null_label(base), *options)
     else:
+        check_weak(guidance.weak, encoders, base)
         weak = _weak_model(guidance.weak, encoders, path)
-        guided = AutoGuidance(denoiser, weak, Extrapolation(guidance.scale, guidance.zero_star, guidance.rescale))
-    return guided if guidance.interval == (0, 1) else Within(denoiser, guided, *guidance.interval)
+        guided = AutoGuidance(denoiser, weak, Extrapolation(guidance.scale, *options))
+    return guided if is_called_together or guidance.interval == (0, 1) else Within(denoiser, guided, *guidance.interval)
 
 
 def pinned(guidance: Guidance) -> Guidance:
@@ -192,6 +224,32 @@ def weak_network(config: WeakModel, encoders: Encoders) -> tuple[nn.Module, Trai
     """The weaker model of a guidance, and the run that trained it."""
     trained = TrainedRun.open(config.run, "guidance.weak.run")
     return trained.backbone(encoders, config.step, "ema", encoders.null_text.device), trained.base
+
+
+def check_weak(config: WeakModel, encoders: Encoders, base: TrainRun) -> None:
+    """Raise UserError unless the weaker model can guide the one of `base`: of the same tokens, texts and classes."""
+    weak = TrainedRun.open(config.run, "guidance.weak.run").base
+    ours: dict[str, object] = {"patch_size": base.backbone.patch_size, "num_classes": base.backbone.num_classes}
+    theirs: dict[str, object] = {"patch_size": weak.backbone.patch_size, "num_classes": weak.backbone.num_classes}
+    if weak.encoders != base.encoders:  # other files may hold the same weights
+        ours, theirs = ours | _encoding(encoders), theirs | _encoding(_load_encoders(weak.encoders))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"guidance.weak.run={config.run}: its {name} is {theirs.get(name)}, expected {ours.get(name)} as of the model that it "
+                "guides: give a weaker model of the same encoders, patches and classes"
+            )
+
+
+@lru_cache(maxsize=1)
+def _load_encoders(config: EncodersConfig) -> Encoders:
+    return Encoders.load(config, torch.device("cpu"))
+
+
+def _encoding(encoders: Encoders) -> dict[str, object]:
+    """What latents and texts mean: the fingerprints, without what rounds them and whether a posterior is drawn from."""
+    parts = {"text": encoders.text.fingerprint(), "latents": encoders.latents.fingerprint()}
+    return {f"{part} encoder's {name}": facts[name] for part, facts in parts.items() for name in facts.keys() - {"dtype", "posterior"}}
 
 
 def _weak_model(config: WeakModel, encoders: Encoders, path: Path) -> Denoiser:
@@ -239,11 +297,18 @@ class Preview:
         check_request(encoders, base, config.prompts, config.labels, config.size, "preview.")
         self.config, self.sampling, self.encoders, self.base, self.folder, self.path = config, sampling, encoders, base, folder, path
 
-    def __call__(self, denoiser: Denoiser, step: int) -> Tensor:
-        """Draw, write `samples/step-N.png` (and `.gif` for videos), and return the videos (B, T, H, W, 3) uint8."""
+    def __call__(self, denoiser: Denoiser, step: int) -> Tensor | None:
+        """Draw, write `samples/step-N.png` (and `.gif` for videos), and return the videos (B, T, H, W, 3) uint8.
+
+        None, with a warning, where they are not finite: training may go on without a picture.
+        """
         config = self.config
         keys = sample_keys(self.base.train.seed, len(config.prompts))
-        videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys, self.path)
+        try:
+            videos = draw(denoiser, self.encoders, self.base, config.prompts, config.labels, config.size, self.sampling, keys, self.path)
+        except NotFinite as error:  # alike on all ranks that draw
+            log.warning("preview of step %d: %s", step, error)
+            return None
         if distributed.rank() > 0:  # it draws because every rank holds a part of the weights
             return videos
         name = self.folder / "samples" / f"step-{step:08d}"

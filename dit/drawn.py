@@ -12,7 +12,7 @@ from data_pipelines.packed import Grid, check_patch, pack_conditioning, unpack
 from data_pipelines.randomness import key
 from data_pipelines.raw import RawSample
 from dit.config import Drawn
-from dit.drawing import Opened, draw_tokens, weak_network
+from dit.drawing import Opened, check_weak, draw_tokens, weak_network
 from dit.encoders.base import hash_of_weights
 from dit.runs import Encoders
 from dit.runtime import distributed
@@ -37,6 +37,8 @@ class Drawer:
     def fingerprint(self) -> Mapping[str, object]:
         """All that the latents depend on beside captions, classes, sizes and ids."""
         sampling = self.opened.sampling
+        if sampling.guidance.weak:
+            check_weak(sampling.guidance.weak, self.encoders, self.opened.trained.base)
         return {
             "weights": hash_of_weights(self.network),
             "step": self.opened.step,

@@ -42,7 +42,8 @@ class Edit:
         Raises UserError where an edit that keeps what is known has no known token, or no other.
         """
         given = _filled(self.videos, self.known).permute(0, 4, 1, 2, 3).float() / 127.5 - 1  # (B, 3, T, H, W)
-        latents = encoders.latents.encode(given)
+        mean = encoders.latents.encode(given)[:, : encoders.latents.channels]  # where it gives a posterior, the deviation is behind
+        latents = mean.to(encoders.null_text.device)  # a codec without weights has no device
         mask = _tokens_known(self.known, encoders.latents.stride, patch).to(latents.device)
         keeps = not isinstance(self.config, SDEdit | Invert)
         if keeps and (not bool(mask.any()) or bool(mask.all())):
@@ -108,6 +109,11 @@ def check_edit(config: EditConfig, trained: TrainedRun, sampling: SamplingConfig
     noisy = ("ancestral", "dpmpp_2m_sde", "euler_maruyama", "consistency", *(("ddim",) if sampling.eta > 0 else ()))
     if isinstance(config, Invert) and sampling.sampler in noisy:
         raise UserError(f"edit.name=invert needs a sampler that adds no noise, got {sampling.sampler} at {place}: use heun or dpmpp_2m")
+    if isinstance(config, Invert) and config.solver == "euler" and trained.base.backbone.jumps:
+        raise UserError(
+            f"edit.solver=euler asks for the mean velocity up to a higher t, and {place}.run={trained.path} has learned it down to lower "
+            "ones: use edit.solver heun"
+        )
 
 
 def extend(draw_window: Callable[[Edit, list[int]], Tensor], edit: Edit, keys: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +50,10 @@ def main(run: EncodeRun) -> int:
     own = [number for number in range(len(shards)) if executor.owns(number)]
     if run.executor.name == "local":
         try:
-            encode_shards(run, [n for i, n in enumerate(own) if i % distributed.world_size() == distributed.rank()])
+            encode_shards(run, own)
         except UserError as error:
             executor.note(out, [Failure(str(number), error.exit_code, str(error)) for number in own if complete(out, number) is None])
             raise
-        distributed.barrier()
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(f"executor.name={run.executor.name} starts processes of its own: start it in one process, without a launcher")
     else:
@@ -64,9 +63,9 @@ def main(run: EncodeRun) -> int:
         progress = Progress(len(missing), "encoding", "shards")
         for _ in executor.run(partial(encode_shard, run), missing, lambda number: complete(out, number) is not None, out):
             progress.advance()
-    indexes = [complete(out, number) for number in range(len(shards))] if distributed.rank() == 0 else []
-    made = [index for index in indexes if index is not None]
-    if distributed.rank() == 0 and len(made) == len(shards):
+    indexes = (complete(out, number) for number in range(len(shards)))
+    made = [index for index in takewhile(bool, indexes) if index]  # looks no further than the first that is missing
+    if len(made) == len(shards):
         summary = {"shards": len(made), "samples": sum(len(index.entries) for index in made)}
         conclude(out, DONE_FILE, summary | {"left_out": sum(len(index.problems) for index in made)})
     return 0
@@ -78,7 +77,10 @@ def encode_shard(run: EncodeRun, number: int) -> None:
 
 
 def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
-    """Write the latent shards with these numbers that are not complete. Raises UserError if the cache was begun otherwise."""
+    """Write the latent shards with these numbers that are not complete; processes share them, and none waits for another at the end.
+
+    Raises UserError if the cache was begun otherwise.
+    """
     out, sources, drawer = Path(run.out), _sources(run), _drawer(run.drawn) if run.drawn else None
     encoders = drawer.encoders if drawer else _encoders(run.encoders)
     check_size = drawer.check_size if drawer else encoders.latent_size
@@ -92,10 +94,12 @@ def encode_shards(run: EncodeRun, numbers: Sequence[int]) -> None:
         run = run.model_copy(update={"sizes": sorted({*run.sizes, *by_rule})})
     shards = [(source, shard) for source in sources for shard in source.shards]
     _claim(out, run, encoders, drawer, sources)
-    rest = [(number, *shards[number]) for number in numbers if complete(out, number) is None]
+    missing = distributed.on_first(lambda: [number for number in numbers if complete(out, number) is None])
+    rest = [(number, *shards[number]) for number in missing[distributed.rank() :: distributed.world_size()]]
     is_first = distributed.rank() == 0
-    if is_first and len(rest) < len(numbers):
-        print(f"{len(numbers) - len(rest)} of this process's {len(numbers)} shards are complete in {out}")
+    distributed.shutdown()  # shards may take hours, and one process far longer than another
+    if is_first and len(missing) < len(numbers):
+        print(f"{len(numbers) - len(missing)} of {len(numbers)} shards are complete in {out}")
     for source in sources if is_first and rest else ():
         for reason, count in source.dropped.items():
             print(f"{source.name}: {count} samples left out by {reason}")

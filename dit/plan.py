@@ -14,7 +14,7 @@ from dit.config import DistillRun, TrainRun
 from dit.config.backbone import SpatioTemporalDiTConfig
 from dit.config.encoders import DiffusersVAEConfig, EncodersConfig, HFTextConfig
 from dit.diffusion import equip
-from dit.distillation import critic_of, has_second_network, step_calls, student_backbone, teacher_engine
+from dit.distillation import critic_backbone, critic_of, has_second_network, step_calls, student_backbone, teacher_engine
 from dit.encoders import build_latent_codec, build_text_encoder
 from dit.encoders.base import causal_latent_size
 from dit.engine.frozen import frozen_bytes
@@ -86,7 +86,11 @@ def dry_run(run: TrainRun | DistillRun, base: TrainRun, data: DataConfig) -> str
         said = f"student {cost.trained:.3g} x {3 + again} with gradient + {cost.plain:.3g} without, teacher {cost.teacher:.3g}"
     flops, steps = data.packs_per_step * forward * calls, -(-run.train.samples // (data.packs_per_step * clips))
     packs, tokens = data.packs_per_step, clips * clip
-    teacher = None if isinstance(run, TrainRun) else parameters(base.backbone, **known)
+    teacher = critic = None
+    if isinstance(run, DistillRun):
+        teacher = parameters(base.backbone, **known)
+        if critic_of(run.method):  # heads are small
+            critic = parameters(critic_backbone(run.method, base.backbone), **known) if has_second_network(run.method) else 0
     shape = f"{student.depth} blocks, width {student.hidden_size}, {student.num_heads} heads, ffn {student.ffn_size}"
     lines = [
         f"backbone        {count:,} parameters: {shape}",
@@ -96,7 +100,7 @@ def dry_run(run: TrainRun | DistillRun, base: TrainRun, data: DataConfig) -> str
         f"run             {run.train.samples:,} clips / {packs * clips} = {steps:,} steps",
         f"FLOPs a step    {packs} packs x {forward:.3g} x {calls:.3g} ({said}) = {flops:.3g}",
         "",
-        *_memory_table(run, student, teacher, tokens, packs, count, flops, steps),
+        *_memory_table(run, student, teacher, critic, tokens, packs, count, flops, steps),
     ]
     return "\n".join(lines) + "\n"
 
@@ -105,16 +109,14 @@ def _memory_table(
     run: TrainRun | DistillRun,
     backbone: SpatioTemporalDiTConfig,
     teacher: int | None,
+    critic: int | None,
     tokens: int,
     packs: int,
     count: int,
     flops: float,
     steps: int,
 ) -> list[str]:
-    """count, teacher: parameters. flops: of a step."""
-    critic = None
-    if isinstance(run, DistillRun) and critic_of(run.method):
-        critic = teacher if has_second_network(run.method) else 0  # a copy of the teacher; heads are small
+    """count, teacher, critic: parameters. flops: of a step."""
     engine, mode = run.engine, backbone.activation_checkpointing
     other = "full" if mode == "none" else "none"
     kept, swapped = (

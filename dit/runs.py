@@ -183,7 +183,7 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     config would spoil, so one that failed at its start can be mended in place.
     """
     folder = make_folder(run.out, "out")
-    if writer := distributed.gather_json(lock_for_writing(folder) if distributed.rank() == 0 else None)[0]:
+    if writer := distributed.on_first(lambda: lock_for_writing(folder)):
         raise UserError(f"out={folder} is being written by {writer}: wait for it, end it, or give another `out`")
     resolved = folder / "config.resolved.yaml"
     if run.train.checkpoint_store:

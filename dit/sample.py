@@ -33,7 +33,7 @@ def main(run: SampleRun) -> int:
         if run.edit is not None:
             check_edit(run.edit, opened.trained, opened.sampling, f"contestants.{index}")
     folder = make_folder(run.out, "out")
-    videos_of = [_draw(run, opened) for opened in contestants]
+    videos_of = [videos for opened in contestants if (videos := _draw(run, opened)) is not None]
     if distributed.rank() > 0:
         return 0
     drawn = list(zip(told_apart([_traits(opened) for opened in contestants]), videos_of, strict=True))
@@ -58,8 +58,8 @@ def _traits(opened: Opened) -> list[str]:
     return [f"{path.name} {sampling.steps} steps", sampling.sampler, guidance, f"step {opened.step}", f"of {path.absolute().parent.name}"]
 
 
-def _draw(run: SampleRun, opened: Opened) -> Tensor:
-    """Its videos (B, T, H, W, 3) uint8."""
+def _draw(run: SampleRun, opened: Opened) -> Tensor | None:
+    """Its videos (B, T, H, W, 3) uint8 on the first process, None on others."""
     trained, sampling = opened.trained, opened.sampling
     encoders = trained.encoders()
     check_request(encoders, trained.base, run.prompts, run.labels, run.size, "")
@@ -84,9 +84,7 @@ def _draw(run: SampleRun, opened: Opened) -> Tensor:
         extend(partial(window, p), edit, keys[p]) if edit and isinstance(run.edit, Extend) else window(p, edit, keys[p])
         for p in track(own, f"sampling {trained.path.name}", silent=distributed.rank() > 0)
     ]
-    together = distributed.gather_rows(torch.cat(videos) if videos else None)
-    assert together is not None, "a config has a prompt"
-    return together
+    return distributed.gather_rows(torch.cat(videos) if videos else None)
 
 
 def _write_files(videos: Tensor, folder: Path, exact: bool) -> None:

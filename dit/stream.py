@@ -76,6 +76,8 @@ class Stream:
         """
         source = Source(path=config.source)
         check_cache(source, self.encoders, "validation.source")
+        if distributed.rank() == 0 and source.path.rstrip("/") in {own.path.rstrip("/") for own in self.config.sources}:
+            log.warning("validation.source=%s is a source of training too: its loss says nothing of unseen samples", source.path)
         data = self.config.model_copy(update={"sources": [source], "packs_per_step": 1, "num_workers": 0})
         stream = StepStream(Plan(data, [read_source(config.source, config_key="validation.source")], self._grid_of, 0, self._cost_of), 0, 1)
         packs, seen = list[PackedLatents](), set[str]()

@@ -30,25 +30,30 @@ class LearnedSchedule(nn.Module, Path):
         self.ends = nn.Parameter(torch.tensor(ends))
         self.logits = nn.Parameter(torch.zeros(pieces))  # of the share of the rise in each piece
 
-    def progress(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """How far gamma has come at t, in [0, 1], and its slope by t; float64."""
+    def forward(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How far gamma has come at t, in [0, 1], its slope by t, and its ends; float64.
+
+        All that is asked of the weights: under ZeRO stage 3 they are whole inside this call alone.
+        """
         shares = self.logits.double().softmax(0)
         knots, place = F.pad(shares.cumsum(0), (1, 0)), t.double() * len(shares)
         piece = place.floor().long().clamp(0, len(shares) - 1)
-        return knots[piece] + (place - piece) * shares[piece], len(shares) * shares[piece]
+        return knots[piece] + (place - piece) * shares[piece], len(shares) * shares[piece], self.ends.double()
 
     def at(self, t: Tensor) -> Coefficients:
-        return self.between(*self.progress(t))
-
-    def between(self, progress: Tensor, slope: Tensor) -> Coefficients:
-        """Coefficients where gamma has come so far and rises at this slope."""
-        first, last = self.ends.double()
-        gamma, rate = first + (last - first) * progress, (last - first) * slope
-        a, b = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
-        return Coefficients(a, b, -a * b.square() * rate / 2, b * a.square() * rate / 2)
+        return between(*self(t))
 
     def label(self, t: Tensor) -> Tensor:
-        return self.progress(t)[0].to(t)
+        progress, _, _ = self(t)
+        return progress.to(t)
+
+
+def between(progress: Tensor, slope: Tensor, ends: Tensor) -> Coefficients:
+    """Coefficients where gamma has come so far from one end to the other and rises at this slope."""
+    first, last = ends
+    gamma, rate = first + (last - first) * progress, (last - first) * slope
+    a, b = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+    return Coefficients(a, b, -a * b.square() * rate / 2, b * a.square() * rate / 2)
 
 
 class _Fixed(Path):
@@ -77,14 +82,14 @@ class VariationalDiffusion:
         """The bound of each sample, zero for holes. network: predicts noise and carries its schedule; one call of it."""
         schedule = schedule_of(network)
         t = uniforms(batch.keys, None).to(batch.tokens.device)
-        come, slope = schedule.progress(t)
-        level = _Fixed(schedule.between(come, slope), come)
+        come, slope, ends = schedule(t)
+        level = _Fixed(between(come, slope, ends), come)
         x_t, noise, _ = noised(batch, t, level)
         cond = drop_conditions(batch.cond, batch.keys, self.condition_dropout, self.null_text, self.null_label)
         answer = ask(network, level, x_t, t.float(), cond).float()
-        first, last = schedule.ends.double()
+        first, last = ends
         error = batch.cond.per_sample((answer - noise).square())
-        losses = (last - first) * slope * error / 2 + _ends(schedule, batch)
+        losses = (last - first) * slope * error / 2 + _ends(ends, batch)
         if come.requires_grad:
             scale = 2 * losses.detach()
             come.register_hook(lambda gradient: gradient * scale)
@@ -106,10 +111,10 @@ def equip(network: nn.Module, config: ObjectiveConfig) -> nn.Module:
     return network
 
 
-def _ends(schedule: LearnedSchedule, batch: PackedLatents) -> Tensor:
+def _ends(ends: Tensor, batch: PackedLatents) -> Tensor:
     """KL of the noise end to N(0, I), and the density of the latents given x_0, (n,)."""
     one = torch.ones(len(batch.keys), dtype=torch.float64, device=batch.tokens.device)
-    a, b, _, _ = schedule.between(one, one)
+    a, b, _, _ = between(one, one, ends)
     mean = on_tokens(a, batch.cond, batch.tokens) * batch.tokens
     prior = batch.cond.per_sample(mean.square()) / 2 + (b.square() - 1) / 2 - b.log()
-    return prior + (math.log(2 * math.pi) + schedule.ends[0] + 1) / 2
+    return prior + (math.log(2 * math.pi) + ends[0] + 1) / 2

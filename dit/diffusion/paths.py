@@ -201,13 +201,21 @@ class VariancePreserving(Path):
         return len(self.signal) - 1
 
     @cached_property
-    def _slopes(self) -> Tensor:
-        return torch.gradient(self.signal, edge_order=1)[0] if self.steps > 1 else self.signal.diff().expand(2)
+    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """The signal and its slopes at each t = i / T, on each device that asked: a copy from the CPU would halt a GPU at every call."""
+        slopes = torch.gradient(self.signal, edge_order=1)[0] if self.steps > 1 else self.signal.diff().expand(2)
+        return {self.signal.device: (self.signal, slopes)}
+
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._tables:
+            signal, slopes = self._tables[self.signal.device]
+            self._tables[device] = signal.to(device), slopes.to(device)
+        return self._tables[device]
 
     def at(self, t: Tensor) -> Coefficients:
         place = t.double() * self.steps
         i = place.floor().long().clamp(0, self.steps - 1)
-        u, value, slope = place - i, self.signal.to(t.device), self._slopes.to(t.device)
+        u, (value, slope) = place - i, self._tables_on(t.device)
         rise, left, right = value[i + 1] - value[i], slope[i], slope[i + 1]
         square, cube = 3 * rise - 2 * left - right, left + right - 2 * rise
         a = value[i] + u * (left + u * (square + u * cube))

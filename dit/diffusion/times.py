@@ -117,11 +117,12 @@ def schedule(
             inner = from_uniform(trained or UniformTimes(name="uniform"), u[1:-1], path)
             return torch.cat([u[:1], shift(inner, k), u[-1:]])
         case KarrasSteps():
-            low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
+            low, high = (sigma ** (1 / config.rho) for sigma in _sigmas(config, path))
             sigmas = (low + (high - low) * torch.linspace(1, 0, steps, dtype=torch.float64)) ** config.rho
             return torch.cat([path.level_of(sigmas), u[-1:]])
         case ExponentialSteps():
-            logs = torch.linspace(math.log(config.sigma_max), math.log(config.sigma_min), steps, dtype=torch.float64)
+            low, high = (math.log(sigma) for sigma in _sigmas(config, path))
+            logs = torch.linspace(high, low, steps, dtype=torch.float64)
             return torch.cat([path.level_of(logs.exp()), u[-1:]])
         case WholeSteps():
             if not isinstance(path, VariancePreserving) or steps > path.steps:
@@ -134,3 +135,16 @@ def schedule(
             return (u * path.steps).round() / path.steps
         case _:
             assert_never(config)
+
+
+def _sigmas(config: KarrasSteps | ExponentialSteps, path: Path) -> tuple[float, float]:
+    """The least and the largest b / a to visit, of those that the path has: beyond its ends all would be one level."""
+    c = path.at(torch.tensor([0.0, 1.0]))
+    first, last = (c.b / c.a).tolist()
+    low, high = max(config.sigma_min, first), min(config.sigma_max, last)
+    if low >= high:
+        raise UserError(
+            f"sampling.schedule: got {config.name} with sigma_min={config.sigma_min:g}, expected less than {last:.3g}, "
+            "the largest b / a on the path of this model: lower sigma_min, or use schedule shifted"
+        )
+    return low, high

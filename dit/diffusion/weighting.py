@@ -43,7 +43,9 @@ def weight_of(config: WeightingConfig, prediction: Quantity, path: Path, t: Tens
         case SigmoidWeighting():
             return "noise", torch.sigmoid(config.bias - snr.log())
         case LogitNormalWeighting():
-            place = (torch.logit(t.double()) - config.mean) / config.std
-            return "velocity", torch.exp(-place.square() / 2) / (config.std * math.sqrt(2 * math.pi) * t.double() * (1 - t.double()))
+            t = t.double()
+            place = (torch.logit(t) - config.mean) / config.std
+            density = torch.exp(-place.square() / 2) / (config.std * math.sqrt(2 * math.pi) * t * (1 - t))
+            return "velocity", torch.where((t > 0) & (t < 1), density, 0.0)  # its limit; float32 rounds t to the ends
         case _:
             assert_never(config)

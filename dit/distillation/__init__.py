@@ -90,6 +90,13 @@ def student_backbone(config: methods.Method, teacher: SpatioTemporalDiTConfig) -
     return teacher.model_copy(update={name: True for name, needed in inputs.items() if needed})
 
 
+def critic_backbone(config: methods.Method, teacher: SpatioTemporalDiTConfig) -> SpatioTemporalDiTConfig:
+    """The backbone of a second network: that of the teacher, with the jump of the student's last step as input where it matches samples of
+    several numbers of steps."""
+    several = isinstance(config, methods.DistributionMatchingConfig | methods.ScoreRegularisedConfig) and config.student_steps > 1
+    return teacher.model_copy(update={"jumps": True}) if several else teacher
+
+
 def takes_guidance(config: methods.Method) -> bool:
     """Whether its student is told the scale of guidance."""
     return isinstance(config, methods.ConsistencyConfig) and config.guidance_range is not None
@@ -111,6 +118,7 @@ __all__ = [
     "Weight",
     "build_distillation",
     "build_student_sampling",
+    "critic_backbone",
     "critic_of",
     "discriminator_of",
     "has_second_network",

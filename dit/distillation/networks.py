@@ -122,15 +122,16 @@ class Networks(nn.Module):
         return self.get_submodule(name)(*inputs)
 
 
-def with_critic(config: Method, student: nn.Module, teacher: nn.Module, width: int, looks: Looks | None = None) -> nn.Module:
-    """The student, with the critic that its method has. teacher: as trained, not guided. width: of its tokens. looks: of pixels."""
+def with_critic(config: Method, student: nn.Module, start: nn.Module, width: int, looks: Looks | None = None) -> nn.Module:
+    """The student, with the critic that its method has. start: of a second network, the teacher as trained, not guided. width: of its
+    tokens. looks: of pixels."""
     match config:
         case DistributionMatchingConfig() | ScoreRegularisedConfig():
             heads = config.critic.heads
-            network = copy.deepcopy(teacher).requires_grad_(True)
+            network = copy.deepcopy(start).requires_grad_(True)
             return Networks(student, Critic(network, Heads(heads, width) if heads else None, heads.blocks if heads else ()))
         case MomentMatchingConfig() if config.critic:
-            return Networks(student, Critic(copy.deepcopy(teacher).requires_grad_(True), None, ()))
+            return Networks(student, Critic(copy.deepcopy(start).requires_grad_(True), None, ()))
         case AdversarialConfig():
             return Networks(student, ToldHeads(config.critic.width, looks) if looks else Heads(config.critic, width))
         case _:

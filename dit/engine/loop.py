@@ -306,6 +306,7 @@ def _draw(preview: Callable[[nn.Module, int], Tensor | None], engine: Engine, re
 
 def _with_averages(call: Callable[[nn.Module, int], Made], engine: Engine, records: Records) -> Made | None:
     """What `call` makes of the averaged weights; None where it is not called."""
+    heartbeat.beat(engine.step, "draw")  # on one rank it takes as long as it takes, and the others wait
     with engine.ema_weights() as module:
         made = call(module, engine.step) if records.is_writer or engine.is_called_together else None
         distributed.barrier()

@@ -18,7 +18,8 @@ def parameters(config: SpatioTemporalDiTConfig, *, channels: int, text_width: in
     d, p = config.hidden_size, channels * prod(config.patch_size)
     attention = 4 * (d * d + d) + 2 * d
     block = 2 * attention + 2 * d + (d * config.ffn_size + config.ffn_size) + (config.ffn_size * d + d)
-    total = config.depth * block + (p * d + d) + (text_width * d + d) + (d * d + d) + (d * p + p)
+    answer = p * (1 + config.learned_variance)
+    total = config.depth * block + (p * d + d) + (text_width * d + d) + (d * d + d) + (d * answer + answer)
     total += (1 + config.jumps + config.guided) * ((config.frequency_size * d + d) + (d * d + d))
     total += 0 if config.num_classes is None else (config.num_classes + 1) * d
     match config.modulation:
@@ -47,7 +48,7 @@ def forward_flops(
     lengths = [prod(grid) for grid in grids]
     tokens, text, rows = sum(lengths), sum(text_lengths), len(grids) if rows is None else rows
     scalars = rows * (1 + config.jumps + config.guided) * (config.frequency_size * d + d * d)
-    ends = tokens * 2 * p * d + text * (text_width * d + d * d) + scalars
+    ends = tokens * (2 + config.learned_variance) * p * d + text * (text_width * d + d * d) + scalars
     projections = config.depth * (tokens * (6 * d * d + 2 * d * config.ffn_size) + text * 2 * d * d)
     modulation = rows * d * d * (6 if config.modulation == "shared" else 6 * config.depth + 2)
     pairs = sum(sum(_attended_pairs(config, i, grid) for grid in grids) for i in range(config.depth))

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(hours=6)
+"""More than anything that one rank does while the others wait, as drawing previews. A rank that is stuck is found in minutes by the
+supervisor, and one that is gone ends the others at once."""
 _pack_group: Any = None
 """This process and those that compute its packs with it; None if it does so alone."""
 
@@ -101,19 +103,24 @@ def share(count: int) -> range:
 
 
 def gather_rows(rows: Tensor | None) -> Tensor | None:
-    """The rows (n, ...) of every process, in the order of ranks, on the CPU of each. None: this one has none; of all, there are none."""
+    """The rows (n, ...) of every process, in the order of ranks, on the CPU of the first; None elsewhere, and where none has any.
+
+    rows: None if this process has none. The rows of one process at a time are on a device.
+    """
     facts = gather_json(None if rows is None else [len(rows), list(rows.shape[1:]), str(rows.dtype).removeprefix("torch.")])
-    known = [fact for fact in facts if fact is not None]
-    if world_size() == 1 or not known:
-        return None if rows is None else rows.cpu()
-    shape, dtype = known[0][1], getattr(torch, known[0][2])
-    lengths = [0 if fact is None else fact[0] for fact in facts]
-    padded = torch.zeros(max(lengths), *shape, dtype=dtype, device=device())
-    if rows is not None:
-        padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length].cpu() for part, length in zip(parts, lengths, strict=True)])
+    parts = []
+    for source, fact in enumerate(facts):
+        if fact is None:
+            continue
+        length, shape, dtype = fact
+        part = rows if source == rank() else torch.empty(length, *shape, dtype=getattr(torch, dtype))
+        assert part is not None
+        if world_size() > 1:
+            part = part.to(device()).contiguous()
+            dist.broadcast(part, source)
+        if rank() == 0:
+            parts.append(part.cpu())
+    return torch.cat(parts) if parts else None
 
 
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
@@ -177,14 +184,16 @@ def on_first(action: Callable[[], Any]) -> Any:
             outcome = {"code": error.exit_code, "text": str(error)}
     outcome = gather_json(outcome)[0]
     if "text" in outcome:
-        raise next((kind for kind in UserError.__subclasses__() if kind.exit_code == outcome["code"]), UserError)(outcome["text"])
+        kinds: list[type[UserError]] = [UserError, *UserError.__subclasses__()]  # some have its code too, and arguments of their own
+        raise next((kind for kind in kinds if kind.exit_code == outcome["code"]), UserError)(outcome["text"])
     return outcome["got"]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, torch's generators start from `seed`, so that every process builds the same weights; after, they are as before."""
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []  # of several on a node, this process has one
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

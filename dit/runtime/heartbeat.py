@@ -67,7 +67,7 @@ def start() -> None:
 
 
 def beat(step: int, phase: str) -> None:
-    """Note that `step` steps are done and `phase` begins: "step", or what takes its own time, as "save"."""
+    """Note that `step` steps are done and `phase` begins: "step", or what takes its own time, as "save" and "draw"."""
     if _heart is None:
         return
     now = time.monotonic()

@@ -2,9 +2,9 @@
 
 A killed launcher may leave ranks behind that train on, and two jobs may be sent to one folder. A lock goes with its process, however
 that ends. A lease is a file, `.lease`, that its holder renews six times in STALE_SECONDS; whoever sees it unchanged for that long, by
-its own clock, takes it over. Its holder looks before it renews, and ends at once if the lease is another's. What remains: one that
-stood still for longer than that (swapped out, cut off from its file server) and then goes on can write until its next look, a sixth
-of STALE_SECONDS later. Torch-free.
+its own clock, takes it over. Its holder looks before it renews, and ends at once if the lease is another's, or could be before the
+next look because it cannot be renewed. What remains: one that stood still for longer than that (swapped out, cut off from its file
+server) and then goes on can write until its next look, a sixth of STALE_SECONDS later. Torch-free.
 """
 
 import atexit
@@ -16,9 +16,10 @@ import secrets
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import StorageUnavailable, UserError
 from dit.runtime import heartbeat
 
 log = logging.getLogger(__name__)
@@ -28,9 +29,15 @@ STALE_SECONDS = float(os.environ.get("DIT_LEASE_SECONDS", "60"))
 def lock_for_writing(folder: Path) -> str | None:
     """Make this process the only writer of `folder` until it ends, however it ends; returns who is, if there is one.
 
-    Waits for STALE_SECONDS where the file system has no locks and the last writer was killed.
+    Waits for STALE_SECONDS where the file system has no locks and the last writer was killed. Raises UserError where this user may not
+    write the lock file, as one that another user made.
     """
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # stays open: the lock goes with the process
+    try:
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open: the lock goes with the process
+    except PermissionError as error:
+        raise UserError(
+            f"out={folder}: no permission to write {folder}/.lock; its owner can `chmod g+w` it, or give another `out`"
+        ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -74,22 +81,26 @@ class Lease:
         return None
 
     def _keep(self) -> None:
+        renewed = time.monotonic()
         while True:
-            if not self._is_mine():
-                print(f"error: {self.path} is now of {_owner(self._read())}: this process may write no more", file=sys.stderr, flush=True)
-                heartbeat.end(UserError.exit_code)
-                os._exit(UserError.exit_code)  # from a thread, and before anything else is written
-            self.renewals += 1
+            now = time.monotonic()
             try:
+                if not self._is_mine():
+                    _end(f"{self.path} is now of {_owner(self._read())}", UserError.exit_code)
+                self.renewals += 1
                 with self.path.open("r+") as file:  # in place: that needs no room on a full disk
                     file.write(self._text())
-            except OSError as error:
+                renewed = now
+            except OSError as error:  # a network file system has such moments
                 log.warning("%s cannot be renewed (%s)", self.path, error.strerror)
+                if now + STALE_SECONDS / 6 >= renewed + STALE_SECONDS:  # at the next look it may be another's
+                    _end(f"{self.path} could not be renewed for {now - renewed:.0f} s ({error.strerror})", StorageUnavailable.exit_code)
             time.sleep(STALE_SECONDS / 6)
 
     def _give_back(self) -> None:
-        if self._is_mine():
-            self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # then it is taken over when it is stale
+            if self._is_mine():
+                self.path.unlink(missing_ok=True)
 
     def _is_mine(self) -> bool:
         return (self._read() or "").startswith(self.mine)
@@ -102,6 +113,12 @@ class Lease:
 
     def _text(self) -> str:
         return f"{self.mine} {self.renewals:012d}\n"
+
+
+def _end(reason: str, code: int) -> None:
+    print(f"error: {reason}: this process may write no more", file=sys.stderr, flush=True)
+    heartbeat.end(code)
+    os._exit(code)  # from a thread, and before anything else is written
 
 
 def _owner(text: str | None) -> str:

@@ -30,6 +30,7 @@ from dit.distill import turns_of
 from dit.distillation import (
     Weight,
     build_distillation,
+    critic_backbone,
     critic_of,
     discriminator_of,
     heads_of,
@@ -113,7 +114,9 @@ def distillation(options: dict[str, Any], config: SpatioTemporalDiTConfig, batch
     asked = {"guidance": {"s": 3.0}, "student_steps": STUDENT_STEPS, **options}
     run = DistillRun.model_validate({**RUN, "teacher": {"run": "none"}, "method": asked})
     method, teacher = run.method, network(config).requires_grad_(False)
-    module, critic = with_critic(method, network(student_backbone(method, config)), teacher, config.hidden_size), critic_of(method)
+    start = network(critic_backbone(method, config))
+    start.load_state_dict({**start.state_dict(), **teacher.state_dict()})
+    module, critic = with_critic(method, network(student_backbone(method, config)), start, config.hidden_size), critic_of(method)
     by_weights = method.name == "moment_matching" and critic is None
     weights = [Weight(value, torch.ones_like(value)) for value in teacher.parameters()] if by_weights else ()
     guided = ClassifierFreeGuidance(teacher, NULL, method.guidance.scale, None)

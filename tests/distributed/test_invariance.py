@@ -1,6 +1,7 @@
 """A run is the same whatever it runs on: processes, accumulation, loader workers and ZeRO stage change no sample and no draw."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import Forks, distill_config, metrics, train_config
+from tests.processes import Forks, distill_config, metrics, train_config, wait_for
 
 FLOAT32_SUMS = 1e-5
 """Relative difference of losses and gradient norms: in float32, sums over packs in another order differ by some 1e-7 in each of
@@ -81,6 +82,44 @@ def test_previews_under_stage_3_are_those_of_one_process(forks: Forks, tmp_path:
         assert np.abs(one - two).max() <= 1  # a rounding
 
 
+def test_a_learned_schedule_is_shared_like_other_weights(forks: Forks, tmp_path: Path, latents: Path) -> None:
+    """It is asked outside the network too: by the objective, by validation and by samplers."""
+    extra = {
+        "objective": {"name": "variational"},
+        "validation": {"source": str(latents), "samples": 8, "times": [0.5], "every_steps": 2},
+        "preview": {"prompts": ["a small blue square"], "size": [9, 32, 32], "every_steps": 2, "sampling": {"steps": 2}},
+    }
+    lines = []
+    for name, ranks, engine in (("alone", 1, {}), ("shared", 2, {"zero_stage": 3, "whole_below": 0})):
+        config = train_config(tmp_path / f"{name}.yaml", latents, engine=engine, train__samples=64, **extra)
+        forks.run("train", str(config), ranks=ranks).ok()
+        lines.append(metrics(tmp_path / name))
+    alone, shared = lines
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in shared] == pytest.approx([line[key] for line in alone], rel=FLOAT32_SUMS)
+    assert shared[-1]["held_out"]["losses"][0] == pytest.approx(alone[-1]["held_out"]["losses"][0], rel=1e-4)
+
+
+def test_ranks_that_share_a_teacher_ask_it_alike(forks: Forks, tmp_path: Path, latents: Path, teacher: Path) -> None:
+    """Guided in an interval of t alone, of which each rank has its own: under stage 3 each would wait for the other inside."""
+    data = {"sources": [{"path": str(latents)}], "token_budget": 96, "packs_per_step": 4, "num_workers": 0}  # two clips in a pack
+    method = {"name": "consistency", "guidance": {"s": 2.0, "interval": [0.0, 0.5]}, "solver": "euler", "student_steps": 2}
+    lines = []
+    for name, count, engine in (("alone", 1, {}), ("shared", 2, {"zero_stage": 3, "whole_below": 0})):
+        config = distill_config(tmp_path / f"{name}.yaml", teacher, engine=engine, data=data, method=method)
+        ranks = forks.start("distill", str(config), ranks=count)
+        try:
+            wait_for(lambda: ranks.poll() is not None, seconds=60)  # noqa: B023
+        finally:
+            ranks.send(signal.SIGKILL)
+        ranks.wait().ok()
+        lines.append(metrics(tmp_path / name))
+    alone, shared = lines
+    assert [line["ids_hash"] for line in shared] == [line["ids_hash"] for line in alone]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in shared] == pytest.approx([line[key] for line in alone], rel=FLOAT32_SUMS)
+
+
 @pytest.mark.slow
 def test_distilling_validating_and_drawing_with_two_processes_to_a_pack(forks: Forks, tmp_path: Path, latents: Path, teacher: Path) -> None:
     """Student and teacher are shared, under ZeRO stage 3, where every rank holds a part of every weight and of every token."""
@@ -138,6 +177,21 @@ def test_a_student_with_a_critic_is_the_same_on_more_processes(
 def test_a_command_leaves_its_group_before_it_ends(forks: Forks, tmp_path: Path, latents: Path) -> None:
     config = train_config(tmp_path / "left.yaml", latents, train__samples=16)
     forks.run("tests/distributed/leaving.py", "train", str(config), ranks=2).ok()
+
+
+def test_drawing_is_no_step_to_a_supervisor(forks: Forks, tmp_path: Path, latents: Path) -> None:
+    """It takes one rank as long as it takes, and would be a step that is stuck."""
+    preview = {"prompts": ["a small blue square"], "size": [9, 32, 32], "every_steps": 1, "sampling": {"steps": 10}}
+    config = train_config(tmp_path / "watched.yaml", latents, preview=preview)
+    ranks, said = forks.start("tests/distributed/watched.py", str(tmp_path), "train", str(config), ranks=2), set[tuple[str, int]]()
+
+    def is_over() -> bool:
+        said.update((pulse["phase"], pulse["step"]) for pulse in (json.loads(file.read_text()) for file in tmp_path.glob("rank-*.json")))
+        return ranks.poll() is not None
+
+    wait_for(is_over)
+    ranks.wait().ok()
+    assert {("step", 0), ("draw", 0), ("draw", 2)} <= said
 
 
 def test_what_is_drawn_and_judged_is_that_of_one_process(forks: Forks, teacher: Path, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Pixels of edits: what is read, what of it is known in the latents, and what is refused. No network."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -13,8 +15,9 @@ from data_pipelines.errors import UserError
 from data_pipelines.video import write_mp4
 from dit.config.editing import EditConfig
 from dit.config.encoders import EncodersConfig
-from dit.editing import Edit, extend, read_edit
-from dit.runs import Encoders
+from dit.config.objective import SamplingConfig
+from dit.editing import Edit, check_edit, extend, read_edit
+from dit.runs import Encoders, TrainedRun
 
 SIZE, PATCH = (9, 32, 32), (1, 2, 2)
 
@@ -177,3 +180,33 @@ def test_inputs_that_do_not_fit_are_refused(folder: Path, encoders: Encoders, va
     with pytest.raises(UserError) as caught:
         read(folder, encoders, **values)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_what_is_given_is_where_the_network_is(folder: Path) -> None:
+    """A codec without weights leaves its latents where the pixels are."""
+    encoders = Encoders.load(EncodersConfig.model_validate({"latents": {"name": "pixels"}}), torch.device("cpu"))
+    elsewhere = Encoders(encoders.text, encoders.latents, encoders.null_text.to("meta"))
+    edit = read_edit(TypeAdapter(EditConfig).validate_python({"name": "sdedit", "input": str(folder / "image.png")}), (1, 32, 32), encoders)
+    known = edit.tokens(elsewhere, PATCH, 1)
+    assert known.latents.device.type == known.mask.device.type == "meta"
+
+
+def test_of_a_posterior_the_mean_is_given(folder: Path, tmp_path: Path) -> None:
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=2).save_pretrained(tmp_path)
+    tokens = []
+    for posterior in ("mean", "sample"):
+        latents = {"name": "diffusers", "path": str(tmp_path), "posterior": posterior}
+        encoders = Encoders.load(EncodersConfig.model_validate({"latents": latents}), torch.device("cpu"))
+        tokens.append(read(folder, encoders, (1, 32, 32), name="sdedit", input="image.png").tokens(encoders, PATCH, 2).latents)
+    assert torch.equal(*tokens)
+
+
+def test_a_student_of_jumps_is_not_inverted_by_its_jumps(teacher: Path) -> None:
+    trained = TrainedRun.open(str(teacher), "run")
+    jumping = trained.base.model_copy(update={"backbone": trained.base.backbone.model_copy(update={"jumps": True})})
+    student = TrainedRun(trained.path, jumping, jumping)
+    for solver in ("euler", "heun", "rk4"):
+        config = TypeAdapter(EditConfig).validate_python({"name": "invert", "input": "a.png", "solver": solver})
+        check_edit(config, trained, SamplingConfig(), "contestants.0")
+        with nullcontext() if solver != "euler" else pytest.raises(UserError, match=r"^edit.solver=euler .* use edit.solver heun"):
+            check_edit(config, student, SamplingConfig(), "contestants.0")

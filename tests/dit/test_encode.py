@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from data_pipelines.sources import read_source, read_sources
 from data_pipelines.workers import WorkerLost
 from dit.encode import _tasks
 from tests.launch.slurm import WHY_NOT, Cluster
-from tests.processes import ENVIRONMENT, Forks, python_m
+from tests.processes import ENVIRONMENT, Forks, python_m, wait_for
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -31,6 +32,26 @@ def test_shares_make_the_cache_of_one_process(forks: Forks, encode_config: Path,
         assert not (tmp_path / "manifest.json").exists()
         forks.run("encode", str(encode_config), f"out={tmp_path}", f"executor.share={share}/2").ok()
     assert contents(tmp_path) == contents(latents)
+
+
+def test_processes_share_what_is_missing_and_none_waits_for_another(
+    forks: Forks, encode_config: Path, latents: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "latents"
+    shutil.copytree(latents, out)
+    for name in ("manifest.json", *(file.name for number in (0, 2) for file in latents.glob(f"shard-{number:06d}*"))):
+        (out / name).unlink()
+    ranks = forks.start("encode", str(encode_config), f"out={out}", ranks=2)
+    try:
+        wait_for(lambda: any(out.glob(".shard-000002*.partial")), seconds=60)
+        os.kill(ranks.pids[1], signal.SIGSTOP)  # as good as hours behind
+        wait_for(lambda: ranks.poll() is not None or 0 in ranks.codes.values(), seconds=60)
+        assert not (out / "manifest.json").exists()
+        os.kill(ranks.pids[1], signal.SIGCONT)
+        ranks.wait().ok()
+    finally:
+        ranks.send(signal.SIGKILL)
+    assert contents(out) == contents(latents)
 
 
 def test_a_share_that_fails_says_why_to_its_watcher(forks: Forks, encode_config: Path, tmp_path: Path) -> None:

@@ -73,6 +73,20 @@ def test_a_held_out_sample_counts_once(
     assert (f"has 48 samples, validation.samples asks for {asked}" in caplog.text) == says
 
 
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_validation_on_what_is_trained_on_is_warned_of(
+    is_seen: bool, latents: Path, tmp_path: Path, encoders: Encoders, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(latents, other)
+    data = DataConfig(sources=[Source(path=str(latents))], token_budget=192, packs_per_step=1, num_workers=0)
+    backbone = SpatioTemporalDiTConfig(hidden_size=48, depth=2, num_heads=4, ffn_size=96, patch_size=(1, 2, 2))
+    config = ValidationConfig(source=f"{latents if is_seen else other}/", samples=4)
+    with caplog.at_level("WARNING", "dit"):
+        Stream(data, encoders, backbone, 0).held_out(config, lambda *_: torch.zeros(0))
+    assert ("is a source of training too" in caplog.text) == is_seen
+
+
 def test_what_is_written_is_written_to_a_local_folder() -> None:
     with pytest.raises(UserError, match=r"out=s3://bucket/latents: expected a local folder"):
         make_folder("s3://bucket/latents", "out")

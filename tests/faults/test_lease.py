@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Writers:
     def __init__(self, folder: Path, disk: BrokenDisk) -> None:
         self.folder, self.environment = folder, ENVIRONMENT | disk.environment | {"DIT_LEASE_SECONDS": "6"}
         self.all: list[subprocess.Popen[str]] = []
+        self.disk = disk
         disk.breaks("flock", errno.ENOLCK, ".lock")
 
     def start(self, seconds: float = FOREVER) -> "subprocess.Popen[str]":
@@ -62,6 +64,40 @@ def test_one_writer_at_a_time(writers: Writers) -> None:
     assert answer(third) == "None", "a lease that nobody renews is taken over"
     third.wait()
     assert not (writers.folder / ".lease").exists(), "one that ends gives it back"
+
+
+def test_a_lease_that_cannot_be_read_is_looked_at_again_until_it_is_stale(writers: Writers) -> None:
+    first, lease = writers.start(), writers.folder / ".lease"
+    assert answer(first) == "None"
+    writers.disk.breaks("read", errno.ESTALE, "/.lease")
+    time.sleep(2.5)  # two looks
+    writers.disk.is_mended()
+    before = lease.read_text()
+    wait_for(lambda: lease.read_text() != before, seconds=10)
+    writers.disk.breaks("read", errno.EIO, "/.lease")
+    err = first.communicate(timeout=20)[1]
+    assert first.returncode == 75
+    assert "could not be renewed for 5 s (Input/output error): this process may write no more" in err
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
+def test_a_folder_that_another_user_locked_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    (tmp_path / ".lock").touch(0o644)
+    code = """
+import os, sys
+from pathlib import Path
+from data_pipelines.errors import UserError
+from dit.runtime.lease import lock_for_writing
+os.chdir(sys.argv[1])  # pytest's folders are private
+os.setuid(65534)
+try:
+    lock_for_writing(Path())
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert "out=.: no permission to write ./.lock; its owner can" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -109,17 +111,17 @@ def test_autoguidance_extrapolates_from_the_weak_model_and_s_one_spares_it() -> 
 
 def test_rescaled_guidance_has_the_spread_of_the_condition() -> None:
     v, null = torch.randn(2, 7, 2, dtype=torch.float64)
-    cond, plain = conditioning(), null + 4 * (v - null)
+    cond, plain, t = conditioning(), null + 4 * (v - null), torch.rand(2)
     for part in (slice(0, 4), slice(4, 7)):
-        full = Extrapolation(4.0, rescale=1.0)(v, null, cond)[part]
+        full = Extrapolation(4.0, rescale=1.0)(v, null, t, cond)[part]
         torch.testing.assert_close(full.std(correction=0), v[part].std(correction=0))
-        half = Extrapolation(4.0, rescale=0.5)(v, null, cond)[part]
+        half = Extrapolation(4.0, rescale=0.5)(v, null, t, cond)[part]
         torch.testing.assert_close(half, (full + plain[part]) / 2)
 
 
 def test_zero_star_fits_the_null_prediction_to_each_sample() -> None:
     v, null = torch.randn(2, 7, 2, dtype=torch.float64)
-    at_zero = Extrapolation(0.0, zero_star=True)(v, null, conditioning())
+    at_zero = Extrapolation(0.0, zero_star=True)(v, null, torch.rand(2), conditioning())
     for part in (slice(0, 4), slice(4, 7)):
         best = torch.linalg.lstsq(null[part].reshape(-1, 1), v[part].reshape(-1, 1)).solution
         torch.testing.assert_close(at_zero[part], best * null[part])
@@ -133,6 +135,29 @@ def test_guidance_within_an_interval_asks_only_what_it_needs() -> None:
     assert result[:, 0].tolist() == [0] * 4 + [1] * 3
     assert torch.equal(within(torch.zeros(7, 2), torch.tensor([0.3, 0.9]), conditioning()), guided)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"zero_star": True, "rescale": 0.7}], ids=["plain", "all"])
+@pytest.mark.parametrize("t", [[0.1, 0.95], [0.1, 0.5], [0.4, 0.5]], ids=["outside", "mixed", "inside"])
+def test_guidance_with_an_interval_asks_alike_at_every_t(t: list[float], options: dict[str, Any]) -> None:
+    """As ranks must that hold parts of the network; outside, the answer is the unguided one, bit for bit."""
+    field, x_t, cond, times = TextField(), torch.randn(7, 2), conditioning(), torch.tensor(t)
+    plain = ClassifierFreeGuidance(field, NULL_TEXT, 1.0, None)(x_t, times, cond)
+    everywhere = ClassifierFreeGuidance(field, NULL_TEXT, 3.0, None, **options)(x_t, times, cond)
+    field.calls = 0
+    result = ClassifierFreeGuidance(field, NULL_TEXT, 3.0, None, **options, interval=(0.3, 0.9))(x_t, times, cond)
+    assert field.calls == 1
+    for level, part in zip(t, (slice(0, 4), slice(4, 7)), strict=True):
+        assert torch.equal(result[part], (everywhere if 0.3 <= level <= 0.9 else plain)[part])
+    assert not torch.allclose(everywhere, plain)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_rescaled_guidance_of_a_constant_prediction_is_that_prediction(value: float) -> None:
+    """Such as a network's before its first step."""
+    constant, cond = torch.full((7, 2), value), conditioning()
+    torch.testing.assert_close(Extrapolation(4.0, rescale=0.7)(constant, constant, torch.rand(2), cond), constant)
+    assert Extrapolation(0.0, rescale=0.7)(torch.randn(7, 2), constant, torch.rand(2), cond).isfinite().all()
 
 
 # --- against the exact conditional of a mixture -------------------------------------------------------------------

@@ -1,11 +1,12 @@
 import math
 from itertools import product
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit.config.path import PathConfig, Quantity
 from dit.diffusion import OnPath, Path, Predicting, build_path
@@ -130,3 +131,24 @@ def test_a_denoiser_of_one_path_is_one_of_another(own: dict[str, object]) -> Non
         truth = ProductMixture.standard(path(other))(x, t, points(count))
         moved = OnPath(ProductMixture.standard(path(own)), path(own), path(other))(x, t, points(count))
         torch.testing.assert_close(moved, truth, atol=2e-9, rtol=1e-9)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what goes from the CPU to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and result.device.type != "cpu"
+        return result
+
+
+def test_the_tables_of_a_chain_go_to_a_device_once() -> None:
+    """Each copy would wait for a GPU to finish."""
+    chain, t = path({"name": "vp"}), torch.empty(3, device="meta")
+    with Copies() as copies:
+        chain.at(t)
+        assert copies.count == 2
+        assert chain.at(t).a.device.type == "meta"
+        assert copies.count == 2

@@ -14,13 +14,16 @@ from dit.config.objective import (
     LogitNormalTimes,
     LogNormalTimes,
     ModeTimes,
+    SamplingConfig,
     TokenShift,
     TrainedSteps,
     UniformTimes,
     WholeSteps,
 )
-from dit.config.path import EDMPath, VPPath
-from dit.diffusion import build_path, times
+from dit.config.path import EDMPath, VEPath, VPPath
+from dit.diffusion import Path, build_path, sample, times
+from dit.diffusion.ground_truth import GaussianMixture, points
+from dit.diffusion.learned_schedule import LearnedSchedule
 
 
 def kolmogorov_smirnov(draws: Tensor, cdf: Tensor) -> float:
@@ -135,3 +138,32 @@ def test_schedules_visit_the_published_levels() -> None:
     assert (1000 * times.schedule(3, 1.0, WholeSteps(name="whole", first=True), vp)).tolist() == [1000.0, 501.0, 1.0, 0.0]
     with pytest.raises(UserError, match="vp path"):
         times.schedule(3, 1.0, WholeSteps(name="whole"))
+
+
+SHORT_PATHS = {
+    "ve to 50": build_path(VEPath(name="ve")),
+    "vp to 37": build_path(VPPath(name="vp", schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)),
+    "learned, 0.02 to 12": LearnedSchedule((-8.0, 5.0), 8).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("config", [KarrasSteps(name="karras"), ExponentialSteps(name="exponential")], ids=lambda config: config.name)
+@pytest.mark.parametrize("path", SHORT_PATHS.values(), ids=SHORT_PATHS)
+def test_a_path_that_ends_before_the_steps_begin_is_visited_from_its_end(path: Path, config: KarrasSteps | ExponentialSteps) -> None:
+    """Levels that repeat would be steps of no length, over which multistep samplers divide."""
+    levels = times.schedule(20, 1.0, config, path)
+    assert float(levels[0]) == 1
+    assert float(levels[-1]) == 0
+    assert all(low < high for high, low in pairwise(levels[:-1].tolist()))
+    mixture = GaussianMixture(torch.tensor([[0.5]]), torch.tensor([0.5]), torch.tensor([1.0]), path)
+    for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc"):
+        sampling = SamplingConfig.model_validate({"sampler": sampler, "steps": 20, "schedule": config.model_dump()})
+        drawn = sample(mixture, points(500), range(500), 1, sampling, 1.0, path)
+        assert float(drawn.mean()) == pytest.approx(0.5, abs=0.1)
+        assert float(drawn.std()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_steps_that_lie_beyond_the_path_are_refused() -> None:
+    config = KarrasSteps(name="karras", sigma_min=51.0)
+    with pytest.raises(UserError, match=r"sampling.schedule: got karras with sigma_min=51, expected less than 50"):
+        times.schedule(20, 1.0, config, SHORT_PATHS["ve to 50"])

@@ -12,7 +12,7 @@ from data_pipelines import randomness
 from dit.config.objective import DiffusionConfig
 from dit.config.path import Quantity
 from dit.config.weighting import WeightingConfig
-from dit.diffusion import Regression, build_objective
+from dit.diffusion import RECTIFIED_FLOW, Regression, build_objective
 from dit.diffusion.ground_truth import GaussianMixture, pack_of_points, points
 from dit.diffusion.weighting import weight_of
 
@@ -114,3 +114,13 @@ def test_v_on_vp_edm_and_trigflow_are_one_regression() -> None:
         seen.append(torch.cat([x_t if scale is None else scale[:, None] * x_t, target, weight[:, None]], dim=1))
     torch.testing.assert_close(seen[0], seen[1], atol=1e-9, rtol=1e-6)
     torch.testing.assert_close(seen[0], seen[2], atol=1e-9, rtol=1e-6)
+
+
+def test_the_weight_at_the_ends_is_its_limit() -> None:
+    """float32 rounds t to 0 and 1, where the density of t divides zero by zero."""
+    config = TypeAdapter[WeightingConfig](WeightingConfig).validate_python({"name": "logit_normal"})
+    _, weight = weight_of(config, "velocity", RECTIFIED_FLOW, torch.tensor([0.0, 1e-30, 0.5, 1 - 2**-24, 1.0]))
+    assert weight[[0, 4]].tolist() == [0, 0]
+    assert weight[1] < 1e-9
+    assert weight[3] < 1e-9
+    assert float(weight[2]) == pytest.approx(4 / math.sqrt(2 * math.pi))

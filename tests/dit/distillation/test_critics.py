@@ -111,6 +111,28 @@ def test_the_students_gradient_is_the_difference_of_two_scores(number: int) -> N
     assert 0.02 < float(t.min()) < 0.1 < 0.9 < float(t.max()) < 0.98
 
 
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_the_critic_is_told_the_last_step_of_what_it_sees(number: int) -> None:
+    """Samples of one step and of two are different distributions: each is held against its own score."""
+    told: list[Tensor | None] = []
+
+    def critic(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        told.append(cond.jump)
+        return DATA(x_t, t, cond)
+
+    shift, batch = TokenShift(base_tokens=4), batch_of(8)
+    config = method(name="distribution_matching", critic={"optimizer": {"lr": 1.0}}, student_steps=2)
+    built = build_distillation(config, DATA, shift, critic)
+    assert isinstance(built, DistributionMatching)
+    built.critic_losses(number, making(DATA), batch, 0.0)
+    built.student_losses(number, making(DATA), batch, 0.0)
+    u = torch.full((8,), (1.0, 0.5)[number % 2], dtype=torch.float64)
+    expected = times.shift(u, times.shifts((1,) * 8, shift))
+    for jump in told:
+        assert jump is not None
+        torch.testing.assert_close(jump.double(), expected)
+
+
 def test_there_is_no_gradient_where_the_student_makes_the_data() -> None:
     losses = matching(DATA, DATA).student_losses(0, making(DATA), batch_of(), 0.0)
     assert float(losses.figures["matching_gradient"].max()) == 0

@@ -22,6 +22,7 @@ TEXTS = (3, 2, 3)
         {"attention": "windowed", "window": (2, 2, 3)},
         {"num_classes": 4},
         {"jumps": True},
+        {"learned_variance": True},
     ],
 )
 def test_cost_is_what_torch_counts(options):
