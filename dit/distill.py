@@ -117,7 +117,7 @@ def compose(
         student.load_state_dict({**student.state_dict(), **teacher.state_dict()})  # inputs that the teacher lacks start without effect
         module = with_critic(run.method, student, start_of_critic(run, base, encoders, teacher), config.hidden_size, looks)
     if run.engine.compile:
-        compile_blocks(network)
+        compile_blocks(network)  # a critic is not compiled
     place = teacher_engine(run.method, run.engine)
     teacher = place_frozen(teacher, place)
     is_shared = place.zero_stage == 3  # by ranks whose packs have other t
@@ -137,13 +137,16 @@ def compose(
 def start_of_critic(run: DistillRun, base: TrainRun, encoders: Encoders, teacher: nn.Module) -> nn.Module:
     """The teacher, with the input that its copy as a critic needs, which starts without effect."""
     config = critic_backbone(run.method, base.backbone)
-    if config == base.backbone:
+    if not config.jumps:
         return teacher
-    network = build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width)
-    start = equip(network, base.objective)
+    start = equip(build_backbone(config, channels=encoders.latents.channels, text_width=encoders.text.width), base.objective)
     start.load_state_dict({**start.state_dict(), **teacher.state_dict()})
-    if run.engine.compile:
-        compile_blocks(network)
+    if base.backbone.jumps:  # a student of jumps as teacher: what it says of the velocity, whatever jump it is told
+        embedder = next(part for name, part in start.named_modules() if name.split(".")[-1] == "jump_embedder")
+        with torch.no_grad():
+            velocity = embedder(torch.zeros(1))[0]
+            embedder.mlp[2].weight.zero_()
+            embedder.mlp[2].bias.copy_(velocity)
     return start
 
 
@@ -152,6 +155,11 @@ def weights_of(run: DistillRun, trained: TrainedRun, teacher: nn.Module) -> list
     if not isinstance(run.method, MomentMatchingConfig) or run.method.critic:
         return []
     moments = load_weights(trained.path, run.teacher.step, "exp_avg_sq")
+    if not any(bool(moment.any()) for moment in moments.values()):
+        raise UserError(
+            f"teacher.run={run.teacher.run} has taken no step, so Adam has no second moments there to measure gradients by: train a critic "
+            "(method.critic)"
+        )
     return [Weight(value, 1 / (moments[name].to(value).sqrt() + EPSILON)) for name, value in teacher.named_parameters()]
 
 

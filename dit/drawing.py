@@ -1,8 +1,9 @@
 """From prompts to videos: what previews, `dit sample` and `dit evaluate` share."""
 
+import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -41,7 +42,7 @@ from dit.diffusion import (
 from dit.editing import Edit
 from dit.engine.checkpoint import newest_valid
 from dit.evaluation.pictures import contact_sheet, write_video_grid
-from dit.runs import Encoders, TrainedRun, null_label
+from dit.runs import ENCODERS_FILE, Encoders, TrainedRun, null_label
 from dit.runtime import distributed
 
 log = logging.getLogger(__name__)
@@ -232,7 +233,7 @@ def check_weak(config: WeakModel, encoders: Encoders, base: TrainRun) -> None:
     ours: dict[str, object] = {"patch_size": base.backbone.patch_size, "num_classes": base.backbone.num_classes}
     theirs: dict[str, object] = {"patch_size": weak.backbone.patch_size, "num_classes": weak.backbone.num_classes}
     if weak.encoders != base.encoders:  # other files may hold the same weights
-        ours, theirs = ours | _encoding(encoders), theirs | _encoding(_load_encoders(weak.encoders))
+        ours, theirs = ours | _encoding(encoders.fingerprints()), theirs | _encoding(_fingerprints(config, weak.encoders))
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise UserError(
@@ -241,14 +242,17 @@ def check_weak(config: WeakModel, encoders: Encoders, base: TrainRun) -> None:
             )
 
 
-@lru_cache(maxsize=1)
-def _load_encoders(config: EncodersConfig) -> Encoders:
-    return Encoders.load(config, torch.device("cpu"))
+@lru_cache(maxsize=1)  # a batch after another asks for it
+def _fingerprints(config: WeakModel, encoders: EncodersConfig) -> Mapping[str, Mapping[str, object]]:
+    """Those of the weaker model's encoders, as its run says, or, of an earlier release, as they are."""
+    file = pathlib.Path(config.run) / ENCODERS_FILE
+    if file.is_file():
+        return dict(json.loads(file.read_text()))
+    return Encoders.load(encoders, torch.device("cpu")).fingerprints()
 
 
-def _encoding(encoders: Encoders) -> dict[str, object]:
+def _encoding(parts: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
     """What latents and texts mean: the fingerprints, without what rounds them and whether a posterior is drawn from."""
-    parts = {"text": encoders.text.fingerprint(), "latents": encoders.latents.fingerprint()}
     return {f"{part} encoder's {name}": facts[name] for part, facts in parts.items() for name in facts.keys() - {"dtype", "posterior"}}
 
 

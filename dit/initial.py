@@ -9,20 +9,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from data_pipelines.config_file import load_run
 from data_pipelines.errors import UserError
 from dit.config import TrainRun
 from dit.engine import durable
-from dit.engine.checkpoint import load_weights
+from dit.engine.checkpoint import load_weights, newest_valid
 from dit.interop.wan import State, backbone_config, check_velocity, from_diffusers
 from dit.runs import Encoders, TrainedRun
+from dit.runtime import distributed
 
 log = logging.getLogger(__name__)
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
-def begins(run: TrainRun, before: int | None = None) -> bool:
-    """Whether the run has no checkpoint to go on from, of a step below `before` if that is given."""
-    return not [step for step in durable.published(Path(run.out) / "checkpoints") if before is None or step < before]
+def has_begun(folder: Path, before: int | None = None) -> bool:
+    """Whether the run in `folder` has a checkpoint to go on from, of a step below `before` if that is given."""
+    return any(before is None or step < before for step in durable.published(folder / "checkpoints"))
+
+
+def with_fixed_init(run: TrainRun) -> TrainRun:
+    """Name the checkpoint of `init.run`: the one that this run began with, else the newest valid one. Called by all ranks."""
+    init, resolved = run.init, Path(run.out) / "config.resolved.yaml"
+    if init is None or init.run is None or init.step is not None:
+        return run
+    begun = load_run(TrainRun, str(resolved)).init if resolved.is_file() and has_begun(Path(run.out)) else None
+    if begun is None:
+        TrainedRun.open(init.run, "init.run")
+        step = newest_valid(Path(init.run) / "checkpoints", distributed.rank(), distributed.world_size())
+    else:
+        step = begun.step
+    return run.model_copy(update={"init": init.model_copy(update={"step": step})})
 
 
 def load_initial(module: nn.Module, run: TrainRun, encoders: Encoders) -> None:

@@ -16,7 +16,7 @@ from dit.config.engine import EngineConfig
 from dit.engine.checkpoint import resume
 from dit.engine.engine import Outcome
 from dit.engine.loop import accumulate
-from dit.initial import begins
+from dit.initial import has_begun
 from dit.runs import TrainedRun
 from dit.runtime import distributed
 from dit.stream import Stream
@@ -55,13 +55,13 @@ def replay(path: str, step: int) -> tuple[list[dict[str, Any]], Outcome]:
     if isinstance(run, DistillRun):
         engine, losses_of, _ = distill.compose(run, TrainedRun.open(run.teacher.run, "teacher.run"), encoders, stream)
     else:
-        engine, losses_of = train.compose(run, encoders, stream, begins(run, before=step))
+        engine, losses_of = train.compose(run, encoders, stream, is_new=not has_begun(trained.path, before=step))
     record = _record(trained.path, step)
     position, since = resume(engine, trained.path, before=step), record.get("since")
     if since and since["step"] == engine.step:  # the run went on from there with other data
         position = since["position"]
-    if not engine.step < step:
-        raise UserError(f"STEP={step}: expected a step from 1 on")
+    if not engine.step < step or run.train.samples == 0:
+        raise UserError(f"STEP={step}: expected a step from 1 on, of a run that has taken any")
     start, steps = engine.step, stream.steps(position)
     for _ in track(range(engine.step + 1, step), f"steps {engine.step + 1} to {step - 1}"):
         batch = next(steps)

@@ -42,6 +42,8 @@ from dit.runtime.lease import lock_for_writing
 log = logging.getLogger(__name__)
 FIXED_KEYS = ("init", "backbone", "encoders", "objective", "method", "teacher", "data", "train.seed")
 """Parts of a run that may not change when it is resumed: they decide what its samples and its weights are."""
+FIXED_FROM_THE_BEGINNING = ("init", "backbone", "encoders", "objective")
+"""Of a run that has weights and has trained nothing yet."""
 FREE_KEYS = (
     "backbone.activation_checkpointing",
     "backbone.attention_backend",
@@ -189,7 +191,8 @@ def open_for_writing(run: TrainRun | DistillRun, base: TrainRun, description: st
     if run.train.checkpoint_store:
         distributed.on_first(lambda: _bring_from_store(run))
     if resolved.is_file() and durable.published(folder / "checkpoints"):
-        _refuse_another_run(load_run(type(run), str(resolved)), run, folder, "out")
+        has_learned = durable.published(folder / "checkpoints") != [0]
+        _refuse_another_run(load_run(type(run), str(resolved)), run, folder, "out", FIXED_KEYS if has_learned else FIXED_FROM_THE_BEGINNING)
         _check_encoders(folder, encoders)
     distributed.barrier()  # every rank has read the old config before one writes the new
     if distributed.rank() == 0:
@@ -234,10 +237,10 @@ def _bring_from_store(run: TrainRun | DistillRun) -> None:
     store.bring()
 
 
-def _refuse_another_run(old: Section, new: Section, place: Path | str, key: str) -> None:
+def _refuse_another_run(old: Section, new: Section, place: Path | str, key: str, keys: tuple[str, ...] = FIXED_KEYS) -> None:
     before, now = dict(_flat(old.model_dump(mode="json"))), dict(_flat(new.model_dump(mode="json")))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    fixed = [key for key in changed if _is_of(key, FIXED_KEYS) and not _is_of(key, FREE_KEYS)]
+    fixed = [key for key in changed if _is_of(key, keys) and not _is_of(key, FREE_KEYS)]
     if fixed:
         lines = "\n".join(f"  {key}: {before.get(key)} there, {now.get(key)} here" for key in fixed)
         raise UserError(

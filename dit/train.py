@@ -13,7 +13,7 @@ from dit.engine.checkpoint import resume
 from dit.engine.engine import Engine
 from dit.engine.loop import LossesOf, fit
 from dit.engine.saver import Saver
-from dit.initial import begins, load_initial
+from dit.initial import has_begun, load_initial, with_fixed_init
 from dit.models import build_backbone, compile_blocks
 from dit.runs import Encoders, null_label, open_for_writing
 from dit.runtime import distributed
@@ -23,10 +23,11 @@ from dit.stream import Stream, left_out
 def main(run: TrainRun) -> int:
     """Train until `train.samples`, from the newest valid checkpoint of `out` if there is one."""
     distributed.init(run.engine.sequence_parallel)
+    run = with_fixed_init(run)
     encoders = Encoders.load(run.encoders, distributed.device())
     stream = Stream(run.data, encoders, run.backbone, run.train.seed)
     folder = open_for_writing(run, run, stream.describe(run.train.samples), encoders)
-    engine, losses_of = compose(run, encoders, stream, begins(run))
+    engine, losses_of = compose(run, encoders, stream, is_new=not distributed.on_first(lambda: has_begun(folder)))
 
     def held_out(network: nn.Module, packs: Sequence[PackedLatents], levels: Sequence[float]) -> Tensor:
         return held_out_loss(build_denoiser(run.objective, network, RECTIFIED_FLOW), packs, levels)  # comparable over paths
@@ -34,7 +35,10 @@ def main(run: TrainRun) -> int:
     start = resume(engine, folder)
     if start is None and run.init is not None:  # from here on the run needs nothing but itself
         with Saver(run) as saver:
+            engine.compare_copies()
             saver.save(engine, {**START._asdict(), "left_out": []})
+            saver.finish()
+            saver.settle()  # one upload at a time
     steps = stream.steps(start)
     fit(
         run,

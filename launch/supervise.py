@@ -74,6 +74,8 @@ class Supervisor:
                 return self._requeue(verdict)
             if not attempts[-1].met:
                 self._pause(APART_SECONDS)
+                if self.asked:
+                    return self._requeue(Verdict("requeue", AGAIN, f"{self.asked} before any rank was started"))
 
     def _attempt(self) -> tuple[int, str | None]:
         """Start the command, watch it to its end; its exit code, and why it was ended if it was."""

@@ -261,4 +261,4 @@ class EvaluateRun(Section):
         return self
 
 
-__all__ = ["Contestant", "DistillRun", "EncodeRun", "EvaluateRun", "FitRun", "SampleRun", "TrainRun"]
+__all__ = ["Contestant", "DistillRun", "EncodeRun", "EvaluateRun", "FitRun", "InitConfig", "SampleRun", "TrainRun"]

@@ -123,6 +123,10 @@ def _nearest(root: Path, steps: Sequence[int], width: float) -> list[tuple[float
         widths = [float(kind.removeprefix("ema_")) for kind in state.get("kinds", OLD_KINDS) if kind.startswith("ema_")]
         if step == steps[0] and width in widths:
             return [(1.0, folder, f"ema_{width:g}")]
+        if time == 0:  # nothing was averaged yet: they are all the weights of the beginning, which no later profile reaches back to
+            if step == steps[0] and widths:
+                return [(1.0, folder, f"ema_{widths[0]:g}")]
+            continue
         kept += [(profiles.gamma_of(each), time, folder, f"ema_{each:g}") for each in widths]
     if len(kept) < 2 or kept[0][2] != durable.step_folder(root, steps[0]):
         raise UserError(f"{root} cannot give sigma_rel={width:g}: train with two widths or more in ema.sigma_rel, such as [0.05, 0.1]")
@@ -171,6 +175,8 @@ def _check_same_model(state: Mapping[str, Any], engine: Engine, folder: Path) ->
     differ = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
     if not differ:
         return
+    if all("critic.network.jump_embedder." in name for name in differ):
+        raise UserError(f"{folder} is of a release whose critics were not told the student's last step; give another `out`")
     saved, now = state["backbone"] or {}, backbone_config(engine.run) or {}
     changed = [key for key in sorted(saved.keys() | now.keys()) if saved.get(key) != now.get(key)]
     keys = [f"  backbone.{key}: {saved.get(key)} there, {now.get(key)} here" for key in changed]

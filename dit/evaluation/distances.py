@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dit.runtime.figures import Figure, jackknife_figure, mean_figure, rate_figure
+from dit.runtime.figures import Figure, clustered_rate, jackknife_figure, mean_figure
 
 
 def frechet(x: Tensor, y: Tensor) -> float:
@@ -29,10 +29,13 @@ Distance = Callable[[Sequence[Tensor], Sequence[Tensor]], float]
 
 def distance_figure(distance: Distance, x: Tensor, y: Tensor, parts: int, repeats: int) -> Figure:
     """`distance` of both sets in so many interleaved parts, with its interval. The parts keep their members when some are left out, else
-    every replicate would be of other parts. repeats: successive samples of one caption, which stay together."""
+    every replicate would be of other parts. repeats: successive samples of one caption, which stay together: halves that hold clips of the
+    same captions are as far from the truth as the whole."""
+
+    together = repeats if min(len(x), len(y)) // repeats >= 2 * parts else 1  # of few captions each part has some clips
 
     def of(i: Tensor, j: Tensor) -> float:
-        return distance(*([z[kept[kept % parts == part]] for part in range(parts)] for z, kept in ((x, i), (y, j))))
+        return distance(*([z[kept[kept // together % parts == part]] for part in range(parts)] for z, kept in ((x, i), (y, j))))
 
     return jackknife_figure(of, torch.arange(len(x)), torch.arange(len(y)), unit=repeats)
 
@@ -63,20 +66,21 @@ def _mmd(x: Tensor, y: Tensor) -> float:
     return float(of_distinct_pairs(x) + of_distinct_pairs(y) - 2 * kernel(x, y).mean())
 
 
-def precision_recall(x: Tensor, y: Tensor, k: int) -> tuple[Figure, Figure]:
+def precision_recall(x: Tensor, y: Tensor, k: int, repeats: int = 1) -> tuple[Figure, Figure]:
     """Precision and recall of samples x against the reference y (Kynkäänniemi et al. 2019, arXiv:1904.06991, eqs. 1 to 3).
 
     The share of x within the distance to its k-th neighbour of some sample of y, and the other way round; each with Wilson's interval
-    given the set that it is compared with.
+    given the set that it is compared with. repeats: successive samples of x of one caption.
     """
     x, y = x.double(), y.double()
-    return rate_figure(_covered(x, y, k), len(x)), rate_figure(_covered(y, x, k), len(y))
+    return clustered_rate(_covered(x, y, k), repeats), clustered_rate(_covered(y, x, k), 1)
 
 
-def _covered(points: Tensor, centres: Tensor, k: int, chunk: int = 1024) -> float:
+def _covered(points: Tensor, centres: Tensor, k: int, chunk: int = 1024) -> Tensor:
+    """1 for points within the distance to its k-th neighbour of some centre, else 0 (n,)."""
     assert k < len(centres), (k, len(centres))
     radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1, dim=1).values for part in centres.split(chunk)])  # itself is the first
-    return float(torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(chunk)]).double().mean())
+    return torch.cat([(torch.cdist(part, centres) <= radii).any(1) for part in points.split(chunk)]).double()
 
 
 def pairwise(x: Tensor, repeats: int) -> Figure:

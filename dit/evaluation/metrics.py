@@ -78,7 +78,7 @@ def _build(one: config.Metric, features: Callable[..., Features], rows: Callable
                 }
             )
         case config.PrecisionRecallConfig():
-            return of_sets(lambda x, y, _: dict(zip(("/precision", "/recall"), distances.precision_recall(x, y, one.k))))
+            return of_sets(lambda x, y, repeats: dict(zip(("/precision", "/recall"), distances.precision_recall(x, y, one.k, repeats))))
         case config.DiversityConfig():
             return of_sets(lambda x, y, repeats: {"": distances.pairwise(x, repeats)} if repeats > 1 else {})
         case config.ClipScoreConfig():
@@ -103,7 +103,8 @@ def _name(one: config.FeatureMetric) -> str:
 
 
 def _facts(one: config.FeatureMetric, features: Features) -> Facts:
-    return one.model_dump(mode="json", exclude={"features"}) | {"features": features.protocol()}
+    in_parts = {"parts": "of captions"} if isinstance(one, config.FrechetConfig | config.KernelConfig) else {}
+    return one.model_dump(mode="json", exclude={"features"}) | in_parts | {"features": features.protocol()}
 
 
 def _means(*names: str) -> Callable[[Tensor, Tensor, int], Figures]:

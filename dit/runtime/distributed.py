@@ -22,6 +22,8 @@ from torch import Tensor
 
 from data_pipelines.errors import UserError
 
+MEETING = timedelta(minutes=30)
+"""For all ranks to come."""
 TIMEOUT = timedelta(hours=6)
 """More than anything that one rank does while the others wait, as drawing previews. A rank that is stuck is found in minutes by the
 supervisor, and one that is gone ends the others at once."""
@@ -63,7 +65,8 @@ def _join() -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     deepspeed = _import_deepspeed(on_cuda)
     backend = "nccl" if on_cuda else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=TIMEOUT)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=MEETING)
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
 
 
 def rank() -> int:

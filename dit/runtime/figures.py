@@ -54,12 +54,13 @@ def clustered_rate(values: Tensor, unit: int) -> Figure:
     """The mean of values (n,) in [0, 1], of which so many successive ones are of one caption, with Wilson's interval.
 
     Its number of trials is n divided by the design effect (Kish 1965): how much larger the variance of the mean is, by the spread of the
-    captions' means, than n independent trials would have; from 1, independent clips, to `unit`, where all of a caption are alike.
+    captions' means, than n independent trials would have; from 1, independent clips, to `unit`, where all of a caption are alike, and which
+    is taken where nothing varies.
     """
     values = values.double()
     means, rate, count = values.view(-1, unit).mean(1), float(values.mean()), len(values)
     chance = rate * (1 - rate) / count
-    effect = float(means.var()) / len(means) / chance if chance > 0 and len(means) > 1 else 1.0
+    effect = float(means.var()) / len(means) / chance if chance > 0 and len(means) > 1 else float(unit)
     figure = rate_figure(rate, count / min(max(effect, 1.0), unit))
     return Figure(rate, figure.low, figure.high, count)
 

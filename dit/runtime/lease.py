@@ -93,6 +93,7 @@ class Lease:
                 renewed = now
             except OSError as error:  # a network file system has such moments
                 log.warning("%s cannot be renewed (%s)", self.path, error.strerror)
+                now = time.monotonic()  # it may have taken its time to fail
                 if now + STALE_SECONDS / 6 >= renewed + STALE_SECONDS:  # at the next look it may be another's
                     _end(f"{self.path} could not be renewed for {now - renewed:.0f} s ({error.strerror})", StorageUnavailable.exit_code)
             time.sleep(STALE_SECONDS / 6)

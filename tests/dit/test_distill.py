@@ -9,17 +9,18 @@ from torch import Tensor
 
 from data_pipelines.config_file import load_run, save_resolved
 from data_pipelines.errors import NoValidCheckpoint, UserError
-from data_pipelines.packed import Conditioning, patchify
+from data_pipelines.packed import Conditioning, pack_conditioning, patchify
 from dit.config import Contestant, DistillRun, TrainRun
 from dit.config.distillation import ConsistencyConfig
 from dit.config.objective import Guidance, SamplingConfig, WeakModel
 from dit.diffusion import RECTIFIED_FLOW
 from dit.diffusion.ground_truth import pack_of_points
-from dit.distill import check_critic, check_teacher, frames_of, looks_of, with_fixed_networks
+from dit.distill import check_critic, check_teacher, frames_of, looks_of, start_of_critic, with_fixed_networks
 from dit.distillation import build_distillation, build_student_sampling
 from dit.drawing import guide
 from dit.engine import durable
 from dit.evaluation.features import RandomConv
+from dit.models import build_backbone
 from dit.runs import Encoders, TrainedRun
 
 
@@ -232,6 +233,28 @@ def test_keys_without_effect_on_heads_are_refused(tmp_path: Path) -> None:
         looks_of(judging(**pixels, blocks=[0, 2]), BASE, encoders)
     with pytest.raises(UserError, match=r"method\.critic\.features\.path: got 'nowhere'"):
         looks_of(judging(features={"name": "network", "path": "nowhere"}), BASE, encoders)
+
+
+@pytest.mark.parametrize("jumps", [False, True])
+def test_a_critic_starts_as_its_teacher_whatever_step_it_is_told(jumps: bool) -> None:
+    """Also where the teacher is a student of jumps, which answers with another mean velocity for each."""
+    encoders = Encoders.load(BASE.encoders, torch.device("cpu"))
+    base = BASE.model_copy(update={"backbone": BASE.backbone.model_copy(update={"jumps": jumps})})
+    teacher = build_backbone(base.backbone, channels=encoders.latents.channels, text_width=encoders.text.width)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    values = {"out": "x", "teacher": {"run": "y"}, "optimizer": {"lr": 1}, "train": {"samples": 1}}
+    critic = {"optimizer": {"lr": 1.0}}
+    values["method"] = {"name": "distribution_matching", "guidance": {"s": 1.0}, "student_steps": 4, "critic": critic}
+    start = start_of_critic(DistillRun.model_validate(values), base, encoders, teacher)
+    assert "jump_embedder.mlp.2.weight" in start.state_dict()
+    cond = pack_conditioning([(1, 2, 2)] * 2, [torch.randn(3, encoders.text.width)] * 2)
+    x, t = torch.randn(8, teacher.patch_embedder.in_features), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        expected = teacher(x, t, cond)
+        for jump in (torch.zeros(2), torch.tensor([1.0, 0.25])):
+            torch.testing.assert_close(start(x, t, cond.over(jump)), expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(teacher(x, t, cond.over(torch.ones(2))), expected) != jumps
 
 
 def test_heads_look_at_decoded_frames_and_the_gradient_comes_back() -> None:

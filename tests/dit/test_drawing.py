@@ -56,6 +56,7 @@ def test_a_weak_model_of_other_tokens_is_refused(teacher: Path, tmp_path: Path, 
     values = yaml.safe_load((run / "config.resolved.yaml").read_text())
     values[section] |= changes
     (run / "config.resolved.yaml").write_text(yaml.safe_dump(values))
+    (run / "encoders.json").unlink()  # then what the config names is asked
     base = TrainedRun.open(str(teacher), "run").base
     encoders, guidance = Encoders.load(base.encoders, torch.device("cpu")), Guidance(s=2.0, weak=WeakModel(run=str(run)))
     with pytest.raises(UserError, match=f"^guidance.weak.run={run}: {said}"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data_pipelines.config_file import load_run
+from dit.config import InitConfig, TrainRun
 from dit.engine import durable
 from dit.engine.checkpoint import load_weights
 from tests.processes import Forks, distill_config, metrics, train_config
@@ -19,17 +21,25 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_a_run_begins_with_the_averages_of_another_and_needs_it_no_more(forks: Forks, teacher: Path, latents: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(teacher, source)
-    config, run = train_config(tmp_path / "run.yaml", latents, init={"run": str(source)}), tmp_path / "run"
-    forks.run("train", str(config), "train.samples=0").ok()
+    ema = {"decay": 0.9, "sigma_rel": [0.05, 0.1]}
+    config = train_config(tmp_path / "run.yaml", latents, init={"run": str(source)}, ema=ema, train__keep_every_steps=6)
+    run = tmp_path / "run"
+    forks.run("train", str(config), "train.samples=0", "data.token_budget=384", ranks=2).ok()
     assert durable.published(run / "checkpoints") == [0]
+    assert load_run(TrainRun, str(run / "config.resolved.yaml")).init == InitConfig(run=str(source), step=6)
     averages = load_weights(teacher, None, "ema")
     assert same(load_weights(run, 0, "model"), averages)
     assert same(load_weights(run, 0, "ema"), averages)
+    assert same(load_weights(run, 0, "sigma_rel=0.07"), averages)
+    done = forks.run("replay", str(run), "1")
+    assert (done.code, "Traceback" in done.err) == (2, False)
     assert not any(float(moment.abs().max()) for moment in load_weights(run, 0, "exp_avg").values())
     shutil.rmtree(source)
-    forks.run("train", str(config), ranks=2).ok()  # goes on from step 0
+    forks.run("train", str(config), ranks=2).ok()  # goes on from step 0; with other packs, for it has seen none
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert metrics(run)[0]["loss"] < metrics(teacher)[0]["loss"], "the same samples, noise and levels"
+    assert durable.published(run / "checkpoints") == [6, 4, 0]
+    assert load_weights(run, 6, "sigma_rel=0.07").keys() == averages.keys()
 
 
 def test_a_public_transformer_becomes_a_run_a_teacher_and_the_same_file_again(
@@ -55,7 +65,10 @@ def test_a_public_transformer_becomes_a_run_a_teacher_and_the_same_file_again(
     distil = ("distill", str(distill_config(tmp_path / "student.yaml", tmp_path / "run")))
     forks.run(*distil, "train.samples=16").ok()
     forks.run(*distil, "train.samples=32").ok()
-    assert "checkpoint" not in forks.run("ckpt", "verify", str(tmp_path / "run")).ok().err
+    moments = {"name": "moment_matching", "guidance": {"s": 1.0}, "student_steps": 2}
+    done = forks.run("distill", str(distill_config(tmp_path / "moments.yaml", tmp_path / "run", method=moments)))
+    assert (done.code, "Traceback" in done.err) == (2, False)
+    assert "has taken no step" in done.err
 
     done = forks.run("train", str(config), f"out={tmp_path}/vp", "objective={path: {name: vp}, prediction: v}")
     assert (done.code, "Traceback" in done.err) == (2, False)

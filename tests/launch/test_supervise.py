@@ -131,6 +131,15 @@ def test_processes_that_do_not_meet_are_started_until_they_do(tmp_path: Path) ->
     assert [(attempt["code"], attempt["met"]) for attempt in attempts(tmp_path)] == [(1, False)] * 4 + [(0, True)]
 
 
+def test_a_warning_while_nobody_has_come_starts_nothing_more(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launch.supervise", "--run", str(tmp_path), "--", "false"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "attempts.jsonl").exists())
+    process.send_signal(signal.SIGUSR1)
+    assert finished(process).startswith("exit 75")
+    assert len(attempts(tmp_path)) == 1
+
+
 @pytest.mark.slow
 def test_a_machine_that_slept_blames_nobody(tmp_path: Path) -> None:
     process = supervise(tmp_path, "--processes", "2", "--frozen", "4", "--stalled", "3", total=25, seconds=0.1)
