@@ -50,8 +50,7 @@ def load_initial(module: nn.Module, run: TrainRun, encoders: Encoders) -> None:
     else:
         assert run.init.run is not None
         key, state = f"init.run={run.init.run}", _of_run(run, run.init.run, encoders)
-    own = module.state_dict()
-    _refuse_unlike(key, *({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (state, own)))
+    _refuse_unlike(key, there=_shapes(state), here=_shapes(module.state_dict()))
     module.load_state_dict(state)
     log.info("weights at the start: %s", key)
 
@@ -77,8 +76,13 @@ def _of_diffusers(run: TrainRun, folder: Path) -> State:
         expected = "the folder of a WanTransformer3DModel of diffusers, with config.json and safetensors"
         raise UserError(f"init.diffusers={folder}: expected {expected} ({error})") from error
     keys = {"hidden_size", "depth", "num_heads", "ffn_size", "patch_size", "frequency_size"}
-    _refuse_unlike(f"init.diffusers={folder}", *(each.model_dump(include=keys) for each in (config, run.backbone)))
+    there, here = config.model_dump(include=keys), run.backbone.model_dump(include=keys)
+    _refuse_unlike(f"init.diffusers={folder}", there=there, here=here)
     return from_diffusers(state, run.backbone)
+
+
+def _shapes(state: State) -> dict[str, object]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _refuse_unlike(key: str, there: Mapping[str, object], here: Mapping[str, object]) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_pipelines.packed import PackedLatents
+from data_pipelines.packed import Conditioning, PackedLatents
 from dit.config.distillation import ScoreCriticConfig, ScoreRegularisedConfig
 from dit.config.objective import ShiftConfig
 from dit.diffusion import times
@@ -59,8 +59,8 @@ class DistributionMatching:
         made, cond = self.make(student, batch, number), batch.cond
         x_t, _, t = noised(replace(batch, tokens=made.detach()), self._levels(batch))
         with torch.no_grad():
-            told = cond.over(self._steps(batch)[number % self.student_steps])
-            real, fake = (v[:, : x_t.shape[1]].float() for v in (self.teacher(x_t, t, cond), self.critic(x_t, t, told)))
+            answers = self.teacher(x_t, t, cond), self.critic(x_t, t, self._told(batch, number))
+            real, fake = (answer[:, : x_t.shape[1]].float() for answer in answers)
         level = on_tokens(t, cond, x_t)
         size = cond.per_sample((made.detach() - (x_t - level * real)).abs())
         gradient = level * (real - fake) / on_tokens(size, cond, x_t)
@@ -80,7 +80,7 @@ class DistributionMatching:
         with torch.no_grad():
             made = self.make(student, batch, number)
         x_t, noise, t = noised(replace(batch, tokens=made), self._levels(batch))
-        answer = self.critic(x_t, t, batch.cond.over(self._steps(batch)[number % self.student_steps]))
+        answer = self.critic(x_t, t, self._told(batch, number))
         error = batch.cond.per_sample((answer[:, : x_t.shape[1]].float() - (noise - made)).square())
         loss, hole = error, batch.weights == 0
         figures = {"critic_error": error.detach().masked_fill(hole, torch.nan)}
@@ -99,7 +99,7 @@ class DistributionMatching:
 
         So the student learns at each of its levels, from inputs that it made itself (backward simulation, their section 4.5).
         """
-        cond, channels, levels = batch.cond, batch.tokens.shape[1], self._steps(batch)
+        cond, channels, levels = batch.cond, batch.tokens.shape[1], self._levels_of_steps(batch)
         x = noise_tokens(batch.keys, cond.lengths, channels, "made", 0).to(batch.tokens)
         last = number % self.student_steps
         for step, t in enumerate(levels[:last], start=1):
@@ -112,8 +112,12 @@ class DistributionMatching:
     def walk(self, t: Tensor, lengths: tuple[int, ...]) -> Walk:
         return Walk.fine(t, torch.zeros_like(t))
 
-    def _steps(self, batch: PackedLatents) -> Tensor:
-        """The levels that the student's sampler steps from, and how far each step jumps, (student_steps, n)."""
+    def _told(self, batch: PackedLatents, number: int) -> Conditioning:
+        """The conditions of samples that `make` made, with the jump of their last step."""
+        return batch.cond.over(self._levels_of_steps(batch)[number % self.student_steps])
+
+    def _levels_of_steps(self, batch: PackedLatents) -> Tensor:
+        """The levels that the student's sampler steps from, each a jump to the data, (student_steps, n)."""
         u = 1 - torch.arange(self.student_steps, dtype=torch.float64)[:, None] / self.student_steps
         return times.shift(u, times.shifts(batch.cond.lengths, self.token_shift)).to(batch.tokens)
 
