@@ -47,7 +47,8 @@ def rate_figure(rate: float, count: float) -> Figure:
     scale = 1 + Z**2 / count
     middle = (rate + Z**2 / (2 * count)) / scale
     half = Z / scale * sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
-    return Figure(rate, max(0.0, middle - half), min(1.0, middle + half), round(count))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Figure(rate, min(low, rate), max(high, rate), round(count))  # at 0 and 1 the ends are the rate, but for rounding
 
 
 def clustered_rate(values: Tensor, unit: int) -> Figure:
